@@ -1,0 +1,206 @@
+"""Options to a model; model and run state to a file and back; published checkpoints.
+
+A checkpoint is a dict with the published keys `epoch` (the last one finished), `model` (a list of
+state dicts), `best_rsum`, `opt` (argparse.Namespace) and `Eiters`; ours add `vocab` and `run` (what an
+exact resume needs).
+"""
+
+import argparse
+import os
+import pickle
+import shutil
+import zipfile
+
+import numpy as np
+import torch
+from torch import nn
+
+import options
+from model import SCAN
+from util.cli import InputError
+from vocab import Vocabulary, deserialize_vocab
+
+# The parts of a model in the order of the published list of state dicts.
+PARTS = {"scan": ("img_enc", "txt_enc")}
+
+# What published files hold beside tensors. Nothing here runs code of the file's choosing.
+SAFE = [argparse.Namespace, np.dtype, np.float64, np.float32, np.int64]
+SAFE += [type(np.dtype(name)) for name in ("float64", "float32", "int64")]
+SAFE += [
+    (np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")
+]
+
+
+def build_model(opt: argparse.Namespace, vocab_size: int) -> nn.Module:
+    """The model that the options describe, freshly initialised from torch's random state."""
+    try:
+        return SCAN(
+            vocab_size,
+            img_dim=opt.img_dim,
+            word_dim=opt.word_dim,
+            embed_size=opt.embed_size,
+            num_layers=opt.num_layers,
+            bi_gru=opt.bi_gru,
+            precomp_enc_type=opt.precomp_enc_type,
+            no_imgnorm=opt.no_imgnorm,
+            no_txtnorm=opt.no_txtnorm,
+            cross_attn=opt.cross_attn,
+            raw_feature_norm=opt.raw_feature_norm,
+            agg_func=opt.agg_func,
+            lambda_softmax=opt.lambda_softmax,
+            lambda_lse=opt.lambda_lse,
+        )
+    except ValueError as error:  # an unknown variant, named by the model
+        raise InputError(f"--{str(error).removeprefix('unknown ')}") from None
+
+
+def state_dicts(model: nn.Module, system: str) -> list[dict]:
+    """The model's weights as the published list of state dicts."""
+    return [getattr(model, part).state_dict() for part in PARTS[system]]
+
+
+def load_weights(model: nn.Module, checkpoint: dict, path: str) -> None:
+    """Copy a checkpoint's weights into the model; a clear InputError where they do not fit."""
+    parts = PARTS[checkpoint["opt"].model]
+    for name, state in zip(parts, checkpoint["model"], strict=True):
+        part = getattr(model, name)
+        own = part.state_dict()
+        wrong = [f"no {key}" for key in own if key not in state]
+        wrong += [f"unknown {key}" for key in state if key not in own]
+        wrong += [
+            f"{key} {tuple(state[key].shape)} where {tuple(own[key].shape)} is expected"
+            for key in own
+            if key in state and state[key].shape != own[key].shape
+        ]
+        if wrong:
+            raise InputError(
+                f"{path}: its weights ({name}) do not fit the options: {'; '.join(wrong[:3])}"
+                f"{' ...' if len(wrong) > 3 else ''}; give the options it was trained with"
+            )
+        part.load_state_dict(state)
+
+
+def recognise(states: list[dict]) -> str:
+    """The system a list of state dicts belongs to."""
+    if len(states) == 4:
+        return "gsmn" if any(key.startswith("graph_") for key in states[2]) else "chan"
+    if "position_embedding.weight" in states[0]:
+        return "pfan_whole" if "fc_whole.weight" in states[0] else "pfan"
+    return "scan"
+
+
+def read_architecture(states: list[dict]) -> dict:
+    """The options of SCAN's encoders that the shapes of their weights tell."""
+    image, text = states
+    weight = image.get("fc.weight", image.get("fc.weight_v"))
+    layers = [key for key in text if key.startswith("rnn.weight_ih") and "reverse" not in key]
+    return {
+        "img_dim": weight.shape[1],
+        "embed_size": weight.shape[0],
+        "word_dim": text["embed.weight"].shape[1],
+        "num_layers": len(layers),
+        "bi_gru": "rnn.weight_ih_l0_reverse" in text,
+        "precomp_enc_type": "weight_norm" if "fc.weight_v" in image else "basic",
+    }
+
+
+def load(path: str, device: str | torch.device = "cpu") -> dict:
+    """Read a checkpoint, ours or published (zip or legacy serialisation, Python 2 or 3).
+
+    Options that the file lacks come from the shapes of its weights, then from the paper's defaults.
+    Nothing is unpickled but tensors and plain values. Raises FileNotFoundError or InputError.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        with torch.serialization.safe_globals(SAFE):
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error)
+        if "Unsupported" in reason or "not allowed" in reason or "GLOBAL" in reason:
+            raise InputError(
+                f"{path}: refused, it would run code or load objects that no checkpoint of this "
+                f"field holds ({_first_global(reason)}); get the file from its authors"
+            ) from None
+        raise InputError(f"{path}: not a checkpoint, or a damaged one; copy it again") from None
+    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
+        raise InputError(
+            f"{path}: not a checkpoint, or a damaged one ({str(error).splitlines()[0][:120]}); "
+            "copy it again"
+        ) from None
+    missing = [
+        key for key in ("model", "opt") if not isinstance(checkpoint, dict) or key not in checkpoint
+    ]
+    if missing or not isinstance(checkpoint["model"], (list, tuple)):
+        raise InputError(
+            f"{path}: not a checkpoint of this family: expected a dict with 'model', a list of state "
+            "dicts, and 'opt'"
+        )
+    system = recognise(checkpoint["model"])
+    if system not in PARTS:
+        raise InputError(f"{path}: a checkpoint of {system}, which this version cannot run yet")
+    filled = options.defaults(system) | read_architecture(checkpoint["model"])
+    filled |= vars(checkpoint["opt"]) | {"model": system}
+    checkpoint["opt"] = argparse.Namespace(**filled)
+    return checkpoint
+
+
+def _first_global(reason: str) -> str:
+    """The name of the refused object in torch's long message."""
+    words = [word.strip("`'.,:()") for word in reason.replace("\n", " ").split()]
+    after = [
+        b for a, b in zip(words, words[1:], strict=False) if a in ("GLOBAL", "global", "class")
+    ]
+    return after[0] if after else "an unknown object"
+
+
+def find_vocab(checkpoint: dict, path: str, vocab_path: str | None = None) -> Vocabulary:
+    """The vocabulary a checkpoint was trained with.
+
+    Looked for in this order: the checkpoint itself, `vocab_path` (a folder or a file), the folder
+    that its options name, from here and from the project. Raises InputError if its size is not that
+    of the word embedding: a checkpoint belongs to its vocabulary file.
+    """
+    opt = checkpoint["opt"]
+    if checkpoint.get("vocab") is not None:
+        vocab, source = Vocabulary.from_state_dict(checkpoint["vocab"], path), path
+    else:
+        name = f"{opt.data_name}_vocab.json"
+        here = os.path.dirname(os.path.abspath(__file__))
+        places = (
+            [vocab_path] if vocab_path else [opt.vocab_path, os.path.join(here, opt.vocab_path)]
+        )
+        files = [p if p.endswith(".json") else os.path.join(p, name) for p in places]
+        source = next((file for file in files if os.path.isfile(file)), files[0])
+        vocab = deserialize_vocab(source)
+    check_vocab(len(vocab), source, checkpoint, path)
+    return vocab
+
+
+def check_vocab(size: int, source: str, checkpoint: dict, path: str) -> None:
+    """Refuse a vocabulary whose size is not that of the checkpoint's word embedding."""
+    rows = checkpoint["model"][1]["embed.weight"].shape[0]
+    if size != rows:
+        raise InputError(
+            f"{source}: {size} words, but {path} was trained with {rows}; give --vocab_path the "
+            "folder of the vocabulary file that the checkpoint came with"
+        )
+
+
+def save(state: dict, directory: str, name: str, is_best: bool = False) -> None:
+    """Write `directory/name`, and `model_best.pth.tar` if it is the best: beside, then renamed.
+
+    A run killed while it writes leaves the old files whole. The best is renamed first: a run that
+    dies between the two resumes from the older checkpoint and comes to the same best again.
+    """
+    os.makedirs(directory, exist_ok=True)
+    path = os.path.join(directory, name)
+    with open(f"{path}.part", "wb") as part:
+        torch.save(state, part)
+        part.flush()
+        os.fsync(part.fileno())
+    if is_best:
+        best = os.path.join(directory, "model_best.pth.tar")
+        shutil.copyfile(f"{path}.part", f"{best}.part")
+        os.replace(f"{best}.part", best)
+    os.replace(f"{path}.part", path)

@@ -1,0 +1,193 @@
+"""Precomputed region features and captions, read lazily; batches; loaders.
+
+`DATA_PATH/DATA_NAME/` holds per split `{split}_ims.npy` (rows, R, region_dim), `{split}_caps.txt` and,
+optionally, `{split}_ids.txt`. Letters: B batch, R regions, F region_dim, W words.
+"""
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from util.cli import InputError, progress
+from vocab import Vocabulary, read_captions
+
+DEV_CAPTIONS = 5000  # the published programs validate on the first 5,000 captions
+
+
+def open_array(path: str, ndim: int) -> np.ndarray:
+    """Memory-map a float array of `ndim` axes; nothing in the file is unpickled."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such feature file; see `Your own data` in README.md")
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(
+            f"{path}: not a whole .npy array ({error}); it may be truncated "
+            f"({os.path.getsize(path)} bytes here): copy or make it again"
+        ) from None
+    if array.ndim != ndim or array.dtype not in (np.float16, np.float32, np.float64):
+        raise InputError(
+            f"{path}: expected a float16 or float32 array of {ndim} axes, "
+            f"found {array.dtype} of shape {array.shape}"
+        )
+    return array
+
+
+def repeats(array: np.ndarray, captions_per_row: int) -> int:
+    """How many times in a row each image is stored: k, or 1 where rows are distinct images.
+
+    COCO's test and testall are stored with one row a caption. The run of equal rows at the start
+    gives k; up to 200 further groups spread over the file must repeat too, so that two equal
+    photos at the start of a one-caption-an-image set do not mislead.
+    """
+    if captions_per_row > 1 or len(array) == 1:
+        return 1
+    k = 1
+    while k < len(array) and np.array_equal(array[0], array[k]):
+        k += 1
+    if k == 1 or len(array) % k:
+        return 1
+    groups = np.unique(np.linspace(0, len(array) // k - 1, 200).astype(int))
+    same = all(np.array_equal(array[g * k], array[g * k + j]) for g in groups for j in range(1, k))
+    return k if same else 1
+
+
+class PrecompDataset(Dataset):
+    """One split of precomputed features with its captions; an item is one caption and its image.
+
+    `data_path` is the folder of the split's files, `data_split` one of train, dev, test, testall.
+    Attributes: `n_images` distinct images, `n_captions`, `k` captions an image, `ids` or None.
+    Raises InputError or FileNotFoundError naming file and row where the files do not fit.
+    """
+
+    def __init__(self, data_path: str, data_split: str, vocab: Vocabulary, img_dim: int):
+        stem = os.path.join(data_path, data_split)
+        self.path = f"{stem}_ims.npy"
+        captions = read_captions(f"{stem}_caps.txt")
+        self.images = open_array(self.path, ndim=3)  # (rows, R, F)
+        rows, _, found = self.images.shape
+        if found != img_dim:
+            raise InputError(
+                f"{self.path}: regions have {found} numbers, the model expects {img_dim}; "
+                f"give --img_dim {found}, or the features that the checkpoint was trained on"
+            )
+        if rows == 0 or len(captions) % rows:
+            raise InputError(
+                f"{stem}_caps.txt: {len(captions)} captions for the {rows} rows of {self.path}; "
+                "expected a multiple (usually 5 captions an image, image by image)"
+            )
+        self.stride = repeats(self.images, len(captions) // rows)  # rows an image takes
+        self.k = len(captions) // (rows // self.stride)
+        if data_split == "dev":
+            captions = captions[: max(DEV_CAPTIONS // self.k, 1) * self.k]
+        self.n_captions = len(captions)
+        self.n_images = self.n_captions // self.k
+        self.ids = self._read_ids(f"{stem}_ids.txt", rows)
+
+        empty = [row for row, caption in enumerate(captions, 1) if not caption]
+        if empty:
+            print(
+                f"warning: {stem}_caps.txt: {len(empty)} empty captions (first at line {empty[0]}); "
+                "kept as <start> <end>"
+            )
+        words = [
+            torch.tensor(vocab.encode(caption), dtype=torch.int32)
+            for caption in progress(captions, f"tokenising {data_split}")
+        ]
+        # One flat array: forked loader workers share it, where a list of objects would be copied.
+        self.lengths = torch.tensor([len(w) for w in words])  # (n_captions,)
+        self.words = torch.cat(words)
+        self.start = self.lengths.cumsum(0) - self.lengths  # (n_captions,)
+
+    def _read_ids(self, path: str, rows: int) -> list[str] | None:
+        if not os.path.isfile(path):
+            return None
+        ids = read_captions(path)
+        if len(ids) == rows:
+            ids = ids[:: self.stride]
+        elif len(ids) == rows // self.stride * self.k:
+            ids = ids[:: self.k]
+        elif len(ids) != rows // self.stride:
+            raise InputError(f"{path}: {len(ids)} ids for {rows // self.stride} images")
+        return ids[: self.n_images]
+
+    def image_item(self, image: int) -> dict[str, Tensor]:
+        """What the encoder of images reads of the distinct image `image`: {'images': (R, F)}."""
+        row = image * self.stride
+        regions = np.array(self.images[row])  # a copy: the map stays read-only
+        if not np.isfinite(regions).all():
+            region = int(np.argmin(np.isfinite(regions).all(1)))
+            raise InputError(
+                f"{self.path}: row {row} (from 0), region {region} holds NaN or Inf; "
+                "extract that image again"
+            )
+        return {"images": torch.from_numpy(regions)}
+
+    def caption_item(self, caption: int) -> dict[str, Tensor]:
+        """What the encoder of captions reads of one caption: {'captions': (W,)} word ids."""
+        start = self.start[caption]
+        return {"captions": self.words[start : start + self.lengths[caption]].long()}
+
+    def __len__(self) -> int:
+        return self.n_captions
+
+    def __getitem__(self, caption: int) -> dict:
+        image = caption // self.k
+        where = {"index": caption, "image_index": image}
+        return self.image_item(image) | self.caption_item(caption) | where
+
+
+def collate_fn(items: list[dict]) -> dict[str, Tensor]:
+    """Items to a batch: images (B, R, F), captions (B, W) padded with 0, lengths (B,), indices (B,)."""
+    batch = {}
+    for name in items[0]:
+        values = [item[name] for item in items]
+        if name == "captions":
+            batch["lengths"] = torch.tensor([len(v) for v in values])  # (B,)
+            batch[name] = pad_sequence(values, batch_first=True)  # (B, W)
+        elif isinstance(values[0], Tensor):
+            batch[name] = torch.stack(values)
+        else:
+            batch[name] = torch.tensor(values)
+    return batch
+
+
+class EpochSampler(Sampler[list[int]]):
+    """Batches of a seeded shuffle that depends on (seed, epoch) only, from batch `first` on.
+
+    Order that follows from the epoch is what makes a resumed run equal an unbroken one.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int):
+        self.n, self.batch_size, self.seed = n, batch_size, seed
+        self.epoch = self.first = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.n, generator=generator)
+        for batch in order.split(self.batch_size)[self.first :]:
+            yield batch.tolist()
+
+    def __len__(self) -> int:
+        return -(-self.n // self.batch_size) - self.first
+
+
+def get_train_loader(
+    dataset: Dataset, batch_size: int, workers: int, seed: int, pin_memory: bool = False
+) -> DataLoader:
+    """Shuffled batches; set `loader.batch_sampler.epoch` (and `.first`) before each epoch."""
+    return DataLoader(
+        dataset,
+        batch_sampler=EpochSampler(len(dataset), batch_size, seed),
+        collate_fn=collate_fn,
+        # More processes than cores only slow each other down; the published default is 10.
+        num_workers=min(workers, len(os.sched_getaffinity(0))),
+        pin_memory=pin_memory,
+        # Of its own: seeding the workers must not draw from the state that a resume restores.
+        generator=torch.Generator().manual_seed(seed),
+    )

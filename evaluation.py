@@ -1,0 +1,333 @@
+"""Encode once, score in blocks, rank: the published Recall@K tables.
+
+    python evaluation.py runs/x/model_best.pth.tar --data_path data --split test [--fold5]
+    python evaluation.py A.pth.tar B.pth.tar ...        # ensemble: the mean of their score matrices
+
+    import evaluation
+    evaluation.evalrank("runs/x/model_best.pth.tar", data_path="data", split="test")
+
+Letters: N images, M = k N captions. A wrong candidate that scores the same ranks first: ties cost the
+model.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import checkpoint as ckpt
+from data import PrecompDataset, collate_fn
+from model import length_groups
+from util.cli import InputError, progress, run
+
+METRICS = ("r1", "r5", "r10", "medr", "meanr")
+FOLDS = 5
+
+
+def pick_device(name: str | torch.device | None) -> torch.device:
+    """The device of a name; 'auto' or None is CUDA where there is one."""
+    if name in (None, "auto"):
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A batch on the device; lengths stay on the host, where packing and grouping read them."""
+    return {
+        name: x if name == "lengths" else x.to(device, non_blocking=True)
+        for name, x in batch.items()
+    }
+
+
+@torch.inference_mode()
+def encode_data(
+    model: nn.Module, dataset: PrecompDataset, batch_size: int = 128
+) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """Encode each image and each caption of a dataset once, on the model's device.
+
+    Returns the images, a dict of tensors with N rows, and the captions, a list of such dicts, one a
+    batch of captions of one length (so no padding), each with the captions' positions as 'index'.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    encoded = []
+    for some in progress(torch.arange(dataset.n_images).split(batch_size), "encoding images"):
+        batch = collate_fn([dataset.image_item(image) for image in some.tolist()])
+        encoded.append(model.encode_images(to_device(batch, device)))
+    images = {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]}
+
+    captions = []
+    groups = list(length_groups(dataset.lengths[: dataset.n_captions]))
+    for _, where in progress(groups, "encoding captions"):
+        for some in where.split(batch_size):
+            batch = collate_fn([dataset.caption_item(caption) for caption in some.tolist()])
+            encoding = model.encode_captions(to_device(batch, device))
+            captions.append(encoding | {"index": some})
+    return images, captions
+
+
+@torch.inference_mode()
+def score_matrix(
+    model: nn.Module,
+    images: dict[str, Tensor],
+    captions: list[dict[str, Tensor]],
+    folds: int = 1,
+) -> np.ndarray:
+    """Scores (N, M), float32, of all encoded images and captions.
+
+    With `folds` > 1 only the pairs inside each of that many equal parts are scored, the rest are 0.
+    """
+    n_images = len(next(iter(images.values())))
+    n_captions = sum(len(group["index"]) for group in captions)
+    scores = np.zeros((n_images, n_captions), dtype=np.float32)
+    for fold in range(folds):
+        rows, columns = fold_slice(n_images, fold, folds), fold_slice(n_captions, fold, folds)
+        some_images = {name: x[rows] for name, x in images.items()}
+        for group in progress(captions, "scoring"):
+            inside = (group["index"] >= columns.start) & (group["index"] < columns.stop)
+            if not inside.any():
+                continue
+            index = group["index"][inside]
+            some = {name: x[inside.to(x.device)] for name, x in group.items() if name != "index"}
+            block = model.similarity(some_images, some)  # (n, c)
+            scores[rows, index.numpy()] = block.cpu().numpy()
+    return scores
+
+
+def fold_slice(n: int, fold: int, folds: int) -> slice:
+    """The rows of one of `folds` equal parts of n (published: 1,000 images of 5,000)."""
+    return slice(fold * n // folds, (fold + 1) * n // folds)
+
+
+def _own(scores: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Scores as a tensor (N, M), and those of each image with its own k captions (N, k)."""
+    scores = torch.as_tensor(np.asarray(scores))
+    if scores.ndim != 2 or not len(scores) or scores.shape[1] % len(scores):
+        raise InputError(
+            f"scores of shape {tuple(scores.shape)}: expected (images, captions) with the same "
+            "number of captions for each image"
+        )
+    if not torch.isfinite(scores).all():
+        row, column = (~torch.isfinite(scores)).nonzero()[0].tolist()
+        raise InputError(
+            f"the score of image {row} and caption {column} is NaN or infinite; it has no rank "
+            "(compared as a number it would count as perfect recall)"
+        )
+    n, m = scores.shape
+    return scores, scores.view(n, n, m // n).diagonal().mT
+
+
+def _metrics(ranks: Tensor) -> dict[str, float]:
+    """Recall@K in percent, median and mean rank (from 1) of 0-based ranks."""
+    metrics = {f"r{k}": 100.0 * int((ranks < k).sum()) / len(ranks) for k in (1, 5, 10)}
+    ranks = ranks.numpy()
+    return metrics | {
+        "medr": float(np.floor(np.median(ranks)) + 1),
+        "meanr": float(ranks.mean() + 1),
+    }
+
+
+def i2t(scores: np.ndarray, return_ranks: bool = False):
+    """Image to text: rank of the best of each image's captions among all captions.
+
+    scores (N, k N), captions image by image. Returns {'r1', 'r5', 'r10', 'medr', 'meanr'}, and with
+    `return_ranks` also (ranks (N,) from 0, top1 (N,) caption indices). Raises InputError on NaN.
+    """
+    scores, own = _own(scores)
+    best = own.amax(1, keepdim=True)  # (N, 1)
+    ranks = (scores >= best).sum(1) - (own >= best).sum(1)  # (N,)
+    if return_ranks:
+        return _metrics(ranks), (ranks.numpy(), scores.argmax(1).numpy())
+    return _metrics(ranks)
+
+
+def t2i(scores: np.ndarray, return_ranks: bool = False):
+    """Text to image: rank of each caption's image among all images; see i2t."""
+    scores, own = _own(scores)
+    ranks = (scores >= own.reshape(1, -1)).sum(0) - 1  # (M,)
+    if return_ranks:
+        return _metrics(ranks), (ranks.numpy(), scores.argmax(0).numpy())
+    return _metrics(ranks)
+
+
+def retrieval_metrics(scores: np.ndarray) -> dict:
+    """Both directions, their mean recalls `ar` and `ari`, and `rsum`, the sum of the six."""
+    ways = {"i2t": i2t(scores), "t2i": t2i(scores)}
+    recalls = {way: [m["r1"], m["r5"], m["r10"]] for way, m in ways.items()}
+    return ways | {
+        "ar": sum(recalls["i2t"]) / 3,
+        "ari": sum(recalls["t2i"]) / 3,
+        "rsum": sum(recalls["i2t"]) + sum(recalls["t2i"]),
+    }
+
+
+def mean_metrics(folds: list[dict]) -> dict:
+    """Metrics averaged by name over folds."""
+    return {
+        name: mean_metrics([fold[name] for fold in folds])
+        if isinstance(value, dict)
+        else sum(fold[name] for fold in folds) / len(folds)
+        for name, value in folds[0].items()
+    }
+
+
+def numbers(metrics: dict[str, float], separator: str) -> str:
+    """One direction's five numbers in the published order and precision."""
+    return separator.join(f"{metrics[name]:.1f}" for name in METRICS)
+
+
+def print_metrics(metrics: dict) -> None:
+    """The published lines."""
+    print(f"rsum: {metrics['rsum']:.1f}")
+    print(f"Average i2t Recall: {metrics['ar']:.1f}")
+    print(f"Image to text: {numbers(metrics['i2t'], ' ')}")
+    print(f"Average t2i Recall: {metrics['ari']:.1f}")
+    print(f"Text to image: {numbers(metrics['t2i'], ' ')}")
+
+
+def find_data(data_path: str, data_name: str) -> str:
+    """The folder of a dataset: below `data_path` from here, or from the project's folder."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    places = [os.path.join(data_path, data_name), os.path.join(here, data_path, data_name)]
+    for place in places:
+        if os.path.isdir(place):
+            return place
+    raise FileNotFoundError(f"{places[0]}: no such data folder; give --data_path its parent")
+
+
+def model_scores(
+    model_path: str,
+    data_path: str | None,
+    split: str,
+    folds: int,
+    vocab_path: str | None,
+    device: torch.device,
+    batch_size: int | None,
+) -> np.ndarray:
+    """Score matrix (N, M) of one checkpoint on one split; see evalrank."""
+    checkpoint = ckpt.load(model_path)
+    opt = checkpoint["opt"]
+    vocab = ckpt.find_vocab(checkpoint, model_path, vocab_path)
+    model = ckpt.build_model(opt, len(vocab))
+    ckpt.load_weights(model, checkpoint, model_path)
+    model.to(device)
+    print("Loading dataset")
+    folder = find_data(data_path or opt.data_path, opt.data_name)
+    dataset = PrecompDataset(folder, split, vocab, opt.img_dim)
+    if folds > dataset.n_images:
+        raise InputError(f"{folder}: {dataset.n_images} images of {split}, too few for five folds")
+    print("Computing results...")
+    images, captions = encode_data(model, dataset, batch_size or opt.batch_size)
+    print(f"Images: {dataset.n_images}, Captions: {dataset.n_captions}")
+    start = time.time()
+    scores = score_matrix(model, images, captions, folds)
+    print(f"calculate similarity time: {time.time() - start:.1f}")
+    return scores
+
+
+def evalrank(
+    model_path: str | Sequence[str],
+    data_path: str | None = None,
+    split: str = "dev",
+    fold5: bool = False,
+    vocab_path: str | None = None,
+    save_path: str | None = None,
+    device: str | torch.device | None = None,
+    batch_size: int | None = None,
+) -> dict:
+    """Evaluate a checkpoint, or the mean score of several, and print the published lines.
+
+    `data_path` holds the folder `data_name` of the checkpoint's options and defaults to theirs. With
+    `fold5` the metrics are means over five equal parts of the split (COCO 1K of testall), and the
+    parts stand under 'folds'; without it testall is COCO 5K. `save_path` writes the score matrix
+    (n_images, n_captions), whole even with fold5, as float32 .npy. `batch_size` only bounds the
+    encoders' memory.
+
+    Returns {'i2t': {'r1', 'r5', 'r10', 'medr', 'meanr'}, 't2i': {...}, 'ar', 'ari', 'rsum'}, recalls in
+    percent, ranks from 1. Raises FileNotFoundError or ValueError naming what is wrong.
+    """
+    paths = [model_path] if isinstance(model_path, (str, os.PathLike)) else list(model_path)
+    folds = FOLDS if fold5 else 1
+    device = pick_device(device)
+    scores = None
+    for path in map(os.fspath, paths):
+        part = model_scores(
+            path, data_path, split, 1 if save_path else folds, vocab_path, device, batch_size
+        )
+        if scores is not None and part.shape != scores.shape:
+            raise InputError(
+                f"{path}: scores {part.shape} images x captions, the models before it "
+                f"{scores.shape}; an ensemble needs one dataset"
+            )
+        scores = part if scores is None else scores + part
+    scores /= len(paths)
+    if save_path:
+        with open(save_path, "wb") as file:  # np.save would append .npy to another name
+            np.save(file, scores)
+    if not fold5:
+        metrics = retrieval_metrics(scores)
+        print_metrics(metrics)
+        return metrics
+
+    results = []
+    for fold in range(FOLDS):
+        n, m = scores.shape
+        part = scores[fold_slice(n, fold, FOLDS), fold_slice(m, fold, FOLDS)]
+        metrics = retrieval_metrics(part)
+        print(f"Image to text: {numbers(metrics['i2t'], ', ')}")
+        print(f"Text to image: {numbers(metrics['t2i'], ', ')}")
+        print(f"rsum: {metrics['rsum']:.1f} ar: {metrics['ar']:.1f} ari: {metrics['ari']:.1f}")
+        results.append(metrics)
+    print("-----------------------------------")
+    print("Mean metrics: ")
+    metrics = mean_metrics(results)
+    print_metrics(metrics)
+    return metrics | {"folds": results}
+
+
+def print_beside_paper(metrics: dict, paper: list[float]) -> None:
+    """Ours under the paper's six recalls, as a table."""
+    ours = [metrics[way][name] for way in ("i2t", "t2i") for name in METRICS[:3]]
+    head = [f"{way} R@{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
+    print(" " * 8 + "".join(f"{name:>10}" for name in head))
+    for name, row in (("paper", paper), ("ours", ours)):
+        print(f"{name:<8}" + "".join(f"{value:>10.1f}" for value in row))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Recall@K of a checkpoint, or of the mean score of several.", allow_abbrev=False
+    )
+    parser.add_argument("checkpoint", nargs="+", help="one model, or the models of an ensemble")
+    parser.add_argument("--data_path", help="folder that holds the data; default: as in training")
+    parser.add_argument("--split", default="test", help="dev | test | testall")
+    parser.add_argument("--fold5", action="store_true", help="mean over five parts (COCO 1K)")
+    parser.add_argument("--vocab_path", help="folder of the vocabulary; default: as in training")
+    parser.add_argument("--save_path", help="write the score matrix here (.npy)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    parser.add_argument("--batch_size", type=int, help="of the encoders; default: as in training")
+    parser.add_argument(
+        "--paper",
+        type=float,
+        nargs=6,
+        metavar="R",
+        help="a paper's six recalls to print beside ours",
+    )
+    opt = vars(parser.parse_args(argv))
+    paper = opt.pop("paper")
+    metrics = evalrank(opt.pop("checkpoint"), **opt)
+    if paper:
+        print_beside_paper(metrics, paper)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,106 @@
+"""Every flag once, with its published name and default."""
+
+import argparse
+
+# A paper's own defaults where they differ from SCAN's; filled in when a checkpoint lacks an option.
+PAPER_DEFAULTS: dict[str, dict] = {"scan": {}}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of train.py. Abbreviated flags are errors, as misspelt ones are."""
+    parser = argparse.ArgumentParser(
+        description="Train an image-text matching model on precomputed region features.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_path", default="./data/", help="folder that holds DATA_NAME/")
+    data.add_argument("--data_name", default="precomp", help="e.g. f30k_precomp, coco_precomp")
+    data.add_argument("--vocab_path", default="./vocab/", help="folder of {data_name}_vocab.json")
+    data.add_argument(
+        "--workers", default=10, type=int, help="loader processes (never more than cores)"
+    )
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--model", default="scan", choices=sorted(PAPER_DEFAULTS), help="the system")
+    run.add_argument(
+        "--device", default="auto", help="auto (cuda if there is one), cpu, cuda:1, ..."
+    )
+    run.add_argument("--seed", default=0, type=int, help="decides everything random")
+    run.add_argument("--model_name", default="./runs/runX/checkpoint", help="checkpoints go here")
+    run.add_argument("--logger_name", default="./runs/runX/log", help="TensorBoard, log.jsonl")
+    run.add_argument("--log_step", default=10, type=int, help="steps between printed lines")
+    run.add_argument(
+        "--val_step", default=500, type=int, help="steps between validations; 0: each epoch only"
+    )
+    run.add_argument(
+        "--resume", default="", metavar="PATH", help="checkpoint to go on from, exactly if ours"
+    )
+    run.add_argument(
+        "--reset_start_epoch",
+        action="store_true",
+        help="take only the weights of --resume: epoch, optimizer and best score start afresh",
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--num_epochs", default=30, type=int, help="epochs in all")
+    training.add_argument("--batch_size", default=128, type=int, help="pairs a step")
+    training.add_argument("--learning_rate", default=0.0002, type=float, help="of Adam")
+    training.add_argument(
+        "--lr_update", default=15, type=int, help="epochs after which the rate falls ten times"
+    )
+    training.add_argument(
+        "--grad_clip", default=2.0, type=float, help="gradient norm; 0: no clipping"
+    )
+    training.add_argument("--margin", default=0.2, type=float, help="of the hinge ranking loss")
+    training.add_argument(
+        "--max_violation", action="store_true", help="hardest negatives instead of their sum"
+    )
+    training.add_argument(
+        "--vse_mean_warmup_epochs",
+        default=0,
+        type=int,
+        help="epochs of the summed hinge before --max_violation takes effect; hardest negatives "
+        "from the first step can sit at twice the margin for epochs, 1 is a good value then",
+    )
+    training.add_argument(
+        "--amp", action="store_true", help="bfloat16 encoders; scores and loss stay float32"
+    )
+
+    model = parser.add_argument_group("encoders")
+    model.add_argument("--img_dim", default=2048, type=int, help="numbers a region")
+    model.add_argument("--word_dim", default=300, type=int, help="word embedding size")
+    model.add_argument("--embed_size", default=1024, type=int, help="joint space size")
+    model.add_argument("--num_layers", default=1, type=int, help="GRU layers")
+    model.add_argument("--bi_gru", action="store_true", help="GRU in both directions")
+    model.add_argument("--precomp_enc_type", default="basic", help="basic | weight_norm")
+    model.add_argument("--no_imgnorm", action="store_true", help="do not normalise regions")
+    model.add_argument("--no_txtnorm", action="store_true", help="do not normalise words")
+
+    scan = parser.add_argument_group("SCAN")
+    scan.add_argument("--cross_attn", default="t2i", help="t2i (words attend to regions) | i2t")
+    scan.add_argument(
+        "--raw_feature_norm",
+        default="clipped_l2norm",
+        help="clipped_l2norm | l2norm | clipped_l1norm | l1norm | clipped | no_norm | softmax",
+    )
+    scan.add_argument("--agg_func", default="LogSumExp", help="LogSumExp | Mean | Max | Sum")
+    scan.add_argument("--lambda_lse", default=6.0, type=float, help="LogSumExp inverse temperature")
+    scan.add_argument(
+        "--lambda_softmax", default=9.0, type=float, help="attention inverse temperature"
+    )
+    return parser
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Options of a run; what the chosen paper sets otherwise becomes the default."""
+    parser = build_parser()
+    system = parser.parse_known_args(argv)[0].model
+    parser.set_defaults(**PAPER_DEFAULTS[system])
+    return parser.parse_args(argv)
+
+
+def defaults(system: str) -> dict:
+    """All options of a system at their defaults."""
+    return vars(parse(["--model", system]))

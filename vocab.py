@@ -1,0 +1,177 @@
+"""Words and their indices, and how a caption becomes words.
+
+python vocab.py --data_path data --data_name f30k_precomp     # writes vocab/f30k_precomp_vocab.json
+"""
+
+import argparse
+import functools
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import nltk
+
+from util.cli import InputError, progress, run
+
+SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
+PUNKT, ONE_SENTENCE = "punkt", "one_sentence"
+
+
+@functools.cache
+def available_tokenizer() -> str:
+    """`punkt` when nltk's sentence model is on this machine, else `one_sentence`, with a notice."""
+    try:
+        nltk.word_tokenize("a dog .")
+        return PUNKT
+    except LookupError:
+        print(
+            "notice: nltk's punkt data is not installed, so each caption is tokenised as one "
+            "sentence; `python -m nltk.downloader punkt_tab` installs it",
+            file=sys.stderr,
+        )
+        return ONE_SENTENCE
+
+
+def tokenize(caption: str, tokenizer: str | None = None) -> list[str]:
+    """Lower-case tokens of a caption, by `nltk.word_tokenize`.
+
+    `tokenizer` is `punkt` (split sentences, then words: the published way), `one_sentence` (words
+    only, needs no data files) or None: punkt where it is installed. They differ where a full stop
+    inside a caption touches a word: "he ran. he fell." has the token "ran." in one sentence.
+    """
+    if tokenizer != ONE_SENTENCE:
+        tokenizer = available_tokenizer()
+    return nltk.word_tokenize(caption.lower(), preserve_line=tokenizer == ONE_SENTENCE)
+
+
+class Vocabulary:
+    """A two-way map between words and indices; unknown words become `<unk>`."""
+
+    def __init__(self, tokenizer: str | None = None):
+        self.word2idx: dict[str, int] = {}
+        self.idx2word: dict[int, str] = {}
+        self.idx = 0
+        self.tokenizer = tokenizer  # None: a published file, which does not say
+
+    def add_word(self, word: str) -> None:
+        if word not in self.word2idx:
+            self.word2idx[word] = self.idx
+            self.idx2word[self.idx] = word
+            self.idx += 1
+
+    def __call__(self, word: str) -> int:
+        index = self.word2idx.get(word)
+        return self.word2idx["<unk>"] if index is None else index
+
+    def __len__(self) -> int:
+        return len(self.word2idx)
+
+    def encode(self, caption: str) -> list[int]:
+        """Word ids of a caption between `<start>` and `<end>`."""
+        words = tokenize(caption, self.tokenizer)
+        return [self("<start>"), *map(self, words), self("<end>")]
+
+    def state_dict(self) -> dict:
+        """Plain values, as they stand in the JSON file (keys `word2idx`, `idx2word`, `idx`)."""
+        return {
+            "word2idx": self.word2idx,
+            "idx2word": {str(index): word for index, word in self.idx2word.items()},
+            "idx": self.idx,
+            "tokenizer": self.tokenizer,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict, source: str) -> "Vocabulary":
+        """The vocabulary that `state_dict` or a published file describes; `source` names it."""
+        word2idx = state.get("word2idx") if isinstance(state, dict) else None
+        if not isinstance(word2idx, dict) or not all(word in word2idx for word in SPECIAL):
+            raise InputError(
+                f"{source}: not a vocabulary: expected an object with 'word2idx' that holds "
+                f"{' '.join(SPECIAL)}; build one with vocab.py"
+            )
+        if sorted(word2idx.values()) != list(range(len(word2idx))):
+            raise InputError(
+                f"{source}: the indices of its {len(word2idx)} words are not 0, 1, ..."
+            )
+        vocab = cls(state.get("tokenizer"))
+        for word in sorted(word2idx, key=word2idx.get):
+            vocab.add_word(word)
+        return vocab
+
+
+def serialize_vocab(vocab: Vocabulary, dest: str | os.PathLike) -> None:
+    """Write a vocabulary as JSON, whole or not at all."""
+    part = Path(f"{dest}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.write_text(json.dumps(vocab.state_dict()), encoding="utf-8")
+    os.replace(part, dest)
+
+
+def deserialize_vocab(src: str | os.PathLike) -> Vocabulary:
+    """Read a vocabulary file, ours or a published one."""
+    if not os.path.isfile(src):
+        raise FileNotFoundError(
+            f"{src}: no vocabulary file; build it with "
+            "`python vocab.py --data_path DATA_PATH --data_name DATA_NAME`, or give --vocab_path"
+        )
+    try:
+        state = json.loads(Path(src).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{src}: not a JSON vocabulary ({error})") from None
+    return Vocabulary.from_state_dict(state, str(src))
+
+
+def read_captions(path: str | os.PathLike) -> list[str]:
+    """The captions of a UTF-8 file, one a line, stripped; empty lines are empty captions."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such caption file; it holds one caption a line")
+    captions = []
+    with open(path, "rb") as lines:  # binary, so that a bad byte can be named by its line
+        for row, line in enumerate(lines, 1):
+            try:
+                captions.append(line.decode("utf-8-sig" if row == 1 else "utf-8").strip())
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"{path}: line {row} is not UTF-8 (byte {error.object[error.start]:#04x} at "
+                    f"column {error.start + 1}); convert the file, e.g. `iconv -f latin1 -t utf-8`"
+                ) from None
+    if not captions:
+        raise InputError(f"{path}: no captions in it; expected one a line")
+    return captions
+
+
+def build_vocab(data_path: str, data_name: str, threshold: int = 4) -> Vocabulary:
+    """Words of the train and dev captions that occur at least `threshold` times.
+
+    Words are numbered after the four special ones in the order in which they are first seen, so
+    that two runs give the same file.
+    """
+    tokenizer = available_tokenizer()
+    counter: Counter[str] = Counter()
+    for split in ("train", "dev"):
+        path = os.path.join(data_path, data_name, f"{split}_caps.txt")
+        for caption in progress(read_captions(path), f"tokenising {split}"):
+            counter.update(tokenize(caption, tokenizer))
+    vocab = Vocabulary(tokenizer)
+    for word in (*SPECIAL, *(word for word, count in counter.items() if count >= threshold)):
+        vocab.add_word(word)
+    return vocab
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--data_path", default="data", help="folder that holds DATA_NAME/")
+    parser.add_argument("--data_name", default="f30k_precomp", help="e.g. f30k_precomp")
+    parser.add_argument("--threshold", type=int, default=4, help="fewest occurrences of a word")
+    parser.add_argument("--out", help="where to write; default vocab/DATA_NAME_vocab.json")
+    opt = parser.parse_args(argv)
+    out = opt.out or os.path.join("vocab", f"{opt.data_name}_vocab.json")
+    vocab = build_vocab(opt.data_path, opt.data_name, opt.threshold)
+    serialize_vocab(vocab, out)
+    print(f"{out}: {len(vocab)} words (tokens: {vocab.tokenizer})")
+
+
+if __name__ == "__main__":
+    run(main)
