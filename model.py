@@ -1,11 +1,12 @@
 """SCAN: two encoders, stacked cross attention, and the ranking loss that its successors share.
 
 Lee et al., Stacked Cross Attention for Image-Text Matching, ECCV 2018 (arXiv:1803.08024).
-Letters: I images, C captions, R regions, W words, D joint dimension; in attention N query items of Q
-rows each and M key items of K rows each (t2i: captions' words query images' regions; i2t: reverse).
+Letters: I images, C captions, R regions, W words, D joint dimension, P pairs; in attention N query
+items of Q rows each and M key items of K rows each (t2i: words query regions; i2t: regions, words).
 """
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,35 +16,37 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 EPS = 1e-8
 
 
-def l1norm(x: Tensor, dim: int) -> Tensor:
-    """x / (sum |x| + 1e-8) along `dim`."""
-    return x / (x.abs().sum(dim, keepdim=True) + EPS)
+def l1norm(x: Tensor, dim: int, scale: float = 1.0) -> Tensor:
+    """scale * x / (sum |x| + 1e-8) along `dim`."""
+    return x * (scale / (x.abs().sum(dim, keepdim=True) + EPS))
 
 
-def l2norm(x: Tensor, dim: int) -> Tensor:
-    """x / (|x| + 1e-8) along `dim`; a zero vector stays zero and passes no gradient."""
-    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
-    # Without the mask the gradient at zero is 1e8 times what comes in, and clipping then spends
-    # the whole step on an empty region.
-    return x * torch.where(norm > 0, 1 / (norm + EPS), 0)
+def l2norm(x: Tensor, dim: int, scale: float = 1.0) -> Tensor:
+    """scale * x / (|x| + 1e-8) along `dim`; a zero vector stays zero and passes no gradient."""
+    square = (x * x).sum(dim, keepdim=True)
+    # The root's gradient at 0 is infinite, and the quotient's 1e8 times what comes in: clipping
+    # would then spend the whole step on an empty region.
+    empty = square == 0
+    return x * (scale / (square.masked_fill(empty, 1).sqrt() + EPS)).masked_fill(empty, 0)
 
 
 def _clip(x: Tensor) -> Tensor:
     return F.leaky_relu(x, 0.1)
 
 
-# How the dots s of one query item and one key row are normalised over the item's Q rows.
-RAW_FEATURE_NORM: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "softmax": lambda s, dim: s.softmax(dim),
+# How the dots s of one query item and one key row are normalised over the item's Q rows, and then
+# multiplied by `scale` (lambda_softmax; on the small norm, to save a pass over the dots).
+RAW_FEATURE_NORM: dict[str, Callable[[Tensor, int, float], Tensor]] = {
+    "softmax": lambda s, dim, scale: scale * s.softmax(dim),
     "l2norm": l2norm,
     "l1norm": l1norm,
-    "clipped": lambda s, dim: _clip(s),
-    "clipped_l2norm": lambda s, dim: l2norm(_clip(s), dim),
-    "clipped_l1norm": lambda s, dim: l1norm(_clip(s), dim),
-    "no_norm": lambda s, dim: s,
+    "clipped": lambda s, dim, scale: scale * _clip(s),
+    "clipped_l2norm": lambda s, dim, scale: l2norm(_clip(s), dim, scale),
+    "clipped_l1norm": lambda s, dim, scale: l1norm(_clip(s), dim, scale),
+    "no_norm": lambda s, dim, scale: scale * s,
 }
 
-# How the cosines of the Q rows become one score (the paper's eq. 5, 6 and section 3.1).
+# How the cosines of the Q rows become one score (the paper's eq. 5 and 6; Max and Sum as published).
 AGG_FUNC: dict[str, Callable[[Tensor, int, float], Tensor]] = {
     "LogSumExp": lambda x, dim, lambda_lse: torch.logsumexp(lambda_lse * x, dim) / lambda_lse,
     "Mean": lambda x, dim, lambda_lse: x.mean(dim),
@@ -130,35 +133,37 @@ class EncoderText(nn.Module):
         return x if self.no_txtnorm else l2norm(x, dim=-1)
 
 
-def stacked_cross_attention(
-    queries: Tensor,
-    keys: Tensor,
-    normalise: Callable[[Tensor, int], Tensor],
-    aggregate: Callable[[Tensor, int, float], Tensor],
-    lambda_softmax: float,
-    lambda_lse: float,
-) -> Tensor:
-    """Score of every query item (N, Q, D) against every key item (M, K, D), without padding: (N, M).
+class CrossAttention(NamedTuple):
+    """What decides a stacked cross attention score; see options.py for the names."""
 
-    The attended vector c = sum_k a_k k (eq. 2) is never built: q.c = sum_k a_k s_k, and
-    |c|^2 = a' G a with G the Gram matrix of an item's K rows. Both directions of the paper are this
-    function: eq. 1 to 6 for i2t, eq. 7 and 8 for t2i.
+    words_query: bool  # t2i: words attend to regions; else i2t: regions attend to words
+    raw_feature_norm: str = "clipped_l2norm"
+    agg_func: str = "LogSumExp"
+    lambda_softmax: float = 9.0
+    lambda_lse: float = 6.0
+
+
+def attend(s: Tensor, gram: Tensor, query_length: Tensor, how: CrossAttention) -> Tensor:
+    """Scores (M, N) from the dots s (M, K, Q, N) of key rows and query rows, without padding.
+
+    gram (M, K, K) holds the dots among each key item's rows; query_length, broadcast to (M, Q, N),
+    the norms of the query rows. The attended vector c = sum_k a_k k (eq. 2) is never built:
+    q.c = sum_k a_k s_k, and |c|^2 = a' G a. Both directions of the paper are this function: eq. 1 to
+    6 with regions as queries, eq. 7 and 8 with words. The last axis is the long one, and nothing
+    reduces over it: every pass is vectorised.
     """
-    n, q, _ = queries.shape
-    m, k, _ = keys.shape
-    s = queries.flatten(0, 1) @ keys.flatten(0, 1).mT  # (N Q, M K)
-    s = s.view(n, q, m, k)  # (N, Q, M, K)
-    a = (lambda_softmax * normalise(s, 1)).softmax(3)  # (N, Q, M, K)
-    dot = (a * s).sum(3)  # (N, Q, M)
-    a = a.view(n * q, m, k).transpose(0, 1)  # (M, N Q, K)
-    gram = keys @ keys.mT  # (M, K, K)
-    square = ((a @ gram) * a).sum(2)  # (M, N Q)
+    m, k, q, n = s.shape
+    normalise = choose(RAW_FEATURE_NORM, how.raw_feature_norm, "raw_feature_norm")
+    aggregate = choose(AGG_FUNC, how.agg_func, "agg_func")
+    a = normalise(s, 2, how.lambda_softmax).softmax(1)  # (M, K, Q, N)
+    dot = (a * s).sum(1)  # (M, Q, N)
+    a = a.view(m, k, q * n)  # (M, K, Q N)
+    square = ((gram @ a) * a).sum(1).view(m, q, n)  # (M, Q, N)
     # Rounding can push a' G a of a vanishing attended vector below 0; the clamp also keeps the
     # gradient of the root finite there.
-    length = square.clamp_min(EPS**2).sqrt().mT.view(n, q, m)  # (N, Q, M)
-    query_length = torch.linalg.vector_norm(queries, dim=2)[:, :, None]  # (N, Q, 1)
-    cosine = dot / (query_length * length).clamp_min(EPS)  # (N, Q, M)
-    return aggregate(cosine, 1, lambda_lse)  # (N, M)
+    length = square.clamp_min(EPS**2).sqrt()  # (M, Q, N)
+    cosine = dot / (query_length * length).clamp_min(EPS)  # (M, Q, N)
+    return aggregate(cosine, 1, how.lambda_lse)  # (M, N)
 
 
 def length_groups(lengths: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -167,40 +172,92 @@ def length_groups(lengths: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield length, (lengths == length).nonzero().squeeze(1)
 
 
-def _xattn_score(
+def score_all(
     images: Tensor,
     captions: Tensor,
     cap_lens: Tensor,
-    words_query: bool,
-    raw_feature_norm: str,
-    agg_func: str,
-    lambda_softmax: float,
-    lambda_lse: float,
-    block: int | None,
+    how: CrossAttention,
+    block: int | None = None,
 ) -> Tensor:
-    normalise = choose(RAW_FEATURE_NORM, raw_feature_norm, "raw_feature_norm")
-    aggregate = choose(AGG_FUNC, agg_func, "agg_func")
+    """Scores (I, C) of all images (I, R, D) and captions (C, W, D); see xattn_score_t2i."""
     if block is None:
-        # Numbers in one block of dots: what stays in a core's cache, or fills a GPU.
+        # Dots in one block: what stays in the cache of two cores, or fills a GPU.
         block = 2**19 if images.device.type == "cpu" else 2**27
-    cap_lens = torch.as_tensor(cap_lens)
-    columns, order = [], []
+    regions_of, columns, order = images.size(1), [], []
     for length, where in length_groups(cap_lens):
-        step_c = max(1, int(block**0.5) // length)
-        for some in where.split(step_c):
-            words = captions[some.to(captions.device), :length]  # (c, length, D)
-            step_i = max(1, block // (len(some) * length * images.size(1)))
+        for some in where.split(max(1, int(block**0.5) // length)):
+            words = captions[some.to(captions.device), :length]  # (c, W, D)
             rows = []
-            for regions in images.split(step_i):
-                q, k = (words, regions) if words_query else (regions, words)
-                score = stacked_cross_attention(
-                    q, k, normalise, aggregate, lambda_softmax, lambda_lse
-                )
-                rows.append(score.mT if words_query else score)  # (i, c)
+            for regions in images.split(max(1, block // (len(some) * length * regions_of))):
+                keys, queries = (regions, words) if how.words_query else (words, regions)
+                queries = queries.transpose(0, 1)  # (Q, N, D)
+                s = keys.flatten(0, 1) @ queries.flatten(0, 1).mT  # (M K, Q N)
+                s = s.view(*keys.shape[:2], *queries.shape[:2])  # (M, K, Q, N)
+                score = attend(s, keys @ keys.mT, queries.norm(dim=2), how)  # (M, N)
+                rows.append(score if how.words_query else score.mT)  # (i, c)
             columns.append(torch.cat(rows))  # (I, c)
             order.append(some)
     back = torch.cat(order).argsort().to(images.device)
     return torch.cat(columns, 1)[:, back]  # (I, C)
+
+
+def score_pairs(
+    images: Tensor, captions: Tensor, cap_lens: Tensor, how: CrossAttention, pairs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scores (P,) of some pairs, grouped by caption length, and the pairs (P, 2) in that order."""
+    scores, order = [], []
+    for length, where in length_groups(cap_lens[pairs[:, 1].cpu()]):
+        some = pairs[where.to(pairs.device)]  # (p, 2)
+        regions, words = images[some[:, 0]], captions[some[:, 1], :length]  # (p, R, D), (p, W, D)
+        keys, queries = (regions, words) if how.words_query else (words, regions)
+        s = (keys @ queries.mT)[..., None]  # (p, K, Q, 1)
+        score = attend(s, keys @ keys.mT, queries.norm(dim=2)[..., None], how)  # (p, 1)
+        scores.append(score.squeeze(1))
+        order.append(some)
+    return torch.cat(scores), torch.cat(order)
+
+
+class SparseScore(torch.autograd.Function):
+    """score_all whose backward visits only the pairs that carry a gradient.
+
+    The forward keeps no graph. With hardest negatives at most 3 B of the B^2 scores have a gradient:
+    those pairs are scored again with a graph, and it runs through them only. Where more than a
+    quarter of the pairs have one (the summed hinge early in training), all are scored again, a few
+    captions at a time. The gradient is that of score_all, in less time and memory.
+    """
+
+    @staticmethod
+    def forward(ctx, images, captions, cap_lens, how):
+        ctx.save_for_backward(images, captions)
+        ctx.cap_lens, ctx.how = cap_lens, how
+        return score_all(images, captions, cap_lens, how)
+
+    @staticmethod
+    def backward(ctx, grad):
+        leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        lens, how = ctx.cap_lens, ctx.how
+        pairs = grad.nonzero()  # (P, 2)
+        if not len(pairs):
+            return *map(torch.zeros_like, leaves), None, None
+        with torch.enable_grad():
+            if 4 * len(pairs) < grad.numel():
+                scores, pairs = score_pairs(*leaves, lens, how, pairs)
+                scores.backward(grad[pairs[:, 0], pairs[:, 1]])
+            else:
+                # Sorted by length, so that the captions of a part fall into few groups.
+                for some in lens.argsort().split(16):
+                    some_grad = grad[:, some.to(grad.device)]
+                    captions = leaves[1][some.to(grad.device)]
+                    score_all(leaves[0], captions, lens[some], how, block=2**31).backward(some_grad)
+        return leaves[0].grad, leaves[1].grad, None, None
+
+
+def xattn_score(images: Tensor, captions: Tensor, cap_lens: Tensor, how: CrossAttention) -> Tensor:
+    """Scores (I, C) of all pairs, with the sparse backward where a gradient is wanted."""
+    cap_lens = torch.as_tensor(cap_lens).cpu()
+    if torch.is_grad_enabled() and (images.requires_grad or captions.requires_grad):
+        return SparseScore.apply(images, captions, cap_lens, how)
+    return score_all(images, captions, cap_lens, how)
 
 
 def xattn_score_t2i(
@@ -211,25 +268,15 @@ def xattn_score_t2i(
     agg_func: str = "LogSumExp",
     lambda_softmax: float = 9.0,
     lambda_lse: float = 6.0,
-    block: int | None = None,
 ) -> Tensor:
     """Text-to-image score (words attend to regions) of all pairs: (I, C).
 
     images (I, R, D); captions (C, W, D), of which the first cap_lens (C,) words of each are read.
-    Captions of one length are scored together, so that no padding enters, in blocks of about
-    `block` dots; the block's size does not change the result. Raises ValueError on an unknown name.
+    Captions of one length are scored together, so that no padding enters, in blocks of dots that fit
+    the cache; their size does not change the result. Raises ValueError on an unknown name.
     """
-    return _xattn_score(
-        images,
-        captions,
-        cap_lens,
-        True,
-        raw_feature_norm,
-        agg_func,
-        lambda_softmax,
-        lambda_lse,
-        block,
-    )
+    how = CrossAttention(True, raw_feature_norm, agg_func, lambda_softmax, lambda_lse)
+    return xattn_score(images, captions, cap_lens, how)
 
 
 def xattn_score_i2t(
@@ -240,23 +287,10 @@ def xattn_score_i2t(
     agg_func: str = "LogSumExp",
     lambda_softmax: float = 4.0,
     lambda_lse: float = 5.0,
-    block: int | None = None,
 ) -> Tensor:
     """Image-to-text score (regions attend to words) of all pairs: (I, C); see xattn_score_t2i."""
-    return _xattn_score(
-        images,
-        captions,
-        cap_lens,
-        False,
-        raw_feature_norm,
-        agg_func,
-        lambda_softmax,
-        lambda_lse,
-        block,
-    )
-
-
-CROSS_ATTN = {"t2i": xattn_score_t2i, "i2t": xattn_score_i2t}
+    how = CrossAttention(False, raw_feature_norm, agg_func, lambda_softmax, lambda_lse)
+    return xattn_score(images, captions, cap_lens, how)
 
 
 class ContrastiveLoss(nn.Module):
@@ -307,15 +341,12 @@ class SCAN(nn.Module):
         super().__init__()
         self.img_enc = EncoderImage(img_dim, embed_size, precomp_enc_type, no_imgnorm)
         self.txt_enc = EncoderText(vocab_size, word_dim, embed_size, num_layers, bi_gru, no_txtnorm)
-        self.score = choose(CROSS_ATTN, cross_attn, "cross_attn")
+        words_query = choose({"t2i": True, "i2t": False}, cross_attn, "cross_attn")
         choose(RAW_FEATURE_NORM, raw_feature_norm, "raw_feature_norm")
         choose(AGG_FUNC, agg_func, "agg_func")
-        self.score_options = {
-            "raw_feature_norm": raw_feature_norm,
-            "agg_func": agg_func,
-            "lambda_softmax": lambda_softmax,
-            "lambda_lse": lambda_lse,
-        }
+        self.how = CrossAttention(
+            words_query, raw_feature_norm, agg_func, lambda_softmax, lambda_lse
+        )
 
     def encode_images(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch['images'] (I, R, F) -> {'regions': (I, R, D)}."""
@@ -328,6 +359,4 @@ class SCAN(nn.Module):
 
     def similarity(self, images: dict[str, Tensor], captions: dict[str, Tensor]) -> Tensor:
         """Scores (I, C) of every encoded image with every encoded caption."""
-        return self.score(
-            images["regions"], captions["words"], captions["lengths"], **self.score_options
-        )
+        return xattn_score(images["regions"], captions["words"], captions["lengths"], self.how)
