@@ -186,7 +186,7 @@ def get_train_loader(
         batch_sampler=EpochSampler(len(dataset), batch_size, seed),
         collate_fn=collate_fn,
         # More processes than cores only slow each other down; the published default is 10.
-        num_workers=min(workers, len(os.sched_getaffinity(0))),
+        num_workers=min(workers, os.cpu_count() or 1),
         pin_memory=pin_memory,
         # Of its own: seeding the workers must not draw from the state that a resume restores.
         generator=torch.Generator().manual_seed(seed),

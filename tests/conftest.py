@@ -1,0 +1,70 @@
+"""Tiny data sets on which the real programs run."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import vocab
+
+WORDS = "red green blue tall small dog cat man bird car runs sits flies stands".split()
+GOLDEN = sorted((Path(__file__).parent / "golden").iterdir())
+
+
+def write_split(
+    folder: Path, split: str, n: int, k: int = 5, regions: int = 4, dim: int = 12, repeat: int = 1
+) -> None:
+    """n images whose regions are the vectors of words, k captions each of those words."""
+    table = np.random.default_rng(0).normal(size=(len(WORDS), dim))
+    rng = np.random.default_rng([n, k, *split.encode()])
+    images = np.zeros((n, regions, dim), np.float32)
+    captions = []
+    for i in range(n):
+        words = rng.choice(len(WORDS), regions, replace=False)
+        images[i] = table[words] + 0.05 * rng.normal(size=(regions, dim))
+        for _ in range(k):
+            some = rng.permutation(words)[: rng.integers(2, regions + 1)]
+            captions.append("A " + " ".join(WORDS[w] for w in some) + " .")
+    np.save(folder / f"{split}_ims.npy", np.repeat(images, repeat, 0))
+    (folder / f"{split}_caps.txt").write_text("".join(f"{c}\n" for c in captions))
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A working directory with data/tiny_precomp (train, dev, test) and its vocabulary."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data" / "tiny_precomp"
+    folder.mkdir(parents=True)
+    for split, n in (("train", 20), ("dev", 10), ("test", 15)):
+        write_split(folder, split, n)
+    vocab.main(["--data_path", "data", "--data_name", "tiny_precomp"])
+    return tmp_path
+
+
+TRAIN = (
+    "--data_path data --data_name tiny_precomp --vocab_path vocab --img_dim 12 --embed_size 16 "
+    "--word_dim 8 --batch_size 16 --learning_rate 0.01 --workers 0 --val_step 0 --bi_gru "
+    "--max_violation --vse_mean_warmup_epochs 1 --model_name run --logger_name run"
+).split()
+
+
+def train_args(**options) -> list[str]:
+    """The tiny run's command line with some options changed or (value None) removed."""
+    args = list(TRAIN)
+    for name, value in options.items():
+        flag = f"--{name}"
+        if flag in args:
+            at = args.index(flag)
+            del args[at : at + (1 if at + 1 == len(args) or args[at + 1][:2] == "--" else 2)]
+        if value is True:
+            args.append(flag)
+        elif value is not None:
+            args += [flag, str(value)]
+    return args
+
+
+def read_log(folder: str | os.PathLike) -> list[dict]:
+    with open(os.path.join(folder, "log.jsonl")) as lines:
+        return [json.loads(line) for line in lines]

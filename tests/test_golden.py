@@ -1,0 +1,77 @@
+"""What the published programs compute, recorded by running them (see tests/golden)."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import checkpoint as ckpt
+import evaluation
+import options
+import train
+from data import PrecompDataset
+from tests.conftest import GOLDEN
+
+
+@pytest.fixture(params=GOLDEN, ids=lambda path: path.name)
+def case(request, tmp_path, monkeypatch):
+    """(case.json, expected.npz) of a case, in a copy of its folder."""
+    folder = tmp_path / "case"
+    shutil.copytree(request.param, folder)
+    monkeypatch.chdir(folder)
+    return json.loads((folder / "case.json").read_text()), np.load("expected.npz")
+
+
+def close(got, want, tolerance):
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(1, np.abs(want).max()))
+
+
+def test_scores_and_metrics(case):
+    info, want = case
+    metrics = evaluation.evalrank("init.pth.tar", split="test", save_path="sims.npy")
+    scores = np.load("sims.npy")
+    close(scores, want["sims"], 1e-5)
+    assert evaluation.i2t(scores, True)[1][0].tolist() == want["ranks_i2t"].tolist()
+    assert evaluation.t2i(scores, True)[1][0].tolist() == want["ranks_t2i"].tolist()
+    for way in ("i2t", "t2i"):
+        assert metrics[way] == pytest.approx(info["metrics"][way], abs=1e-6)
+    assert metrics["rsum"] == pytest.approx(info["metrics"]["rsum"], abs=1e-4)
+
+
+def test_embeddings(case):
+    info, want = case
+    state = ckpt.load("init.pth.tar")
+    words = ckpt.find_vocab(state, "init.pth.tar")
+    net = ckpt.build_model(state["opt"], len(words))
+    ckpt.load_weights(net, state, "init.pth.tar")
+    data = PrecompDataset("data/f30k_precomp", "test", words, info["options"]["img_dim"])
+    images, captions = evaluation.encode_data(net, data)
+    close(images["regions"][0].numpy(), want["image_embedding_0"], 1e-6)
+    (first,) = [g["words"][g["index"] == 0][0] for g in captions if (g["index"] == 0).any()]
+    close(first.numpy(), want["caption_embedding_0"][: len(first)], 1e-6)
+
+
+def test_training_steps(case):
+    info, want = case
+    chosen = options.defaults("scan")
+    chosen |= {name: value for name, value in info["options"].items() if name in chosen}
+    chosen |= {"resume": "init.pth.tar", "reset_start_epoch": True, "num_epochs": info["steps"]}
+    chosen |= {"model_name": "out", "logger_name": "log", "log_step": 1}
+    argv = []
+    for name, value in chosen.items():
+        if isinstance(value, bool):
+            argv += [f"--{name}"] if value else []
+        else:
+            argv += [f"--{name}", str(value)]
+    train.main(argv)
+    log = EventAccumulator("log")
+    log.Reload()
+    losses = [event.value for event in log.Scalars("Le")]
+    np.testing.assert_allclose(losses, info["losses"], rtol=1e-4)
+    last = f"out/checkpoint_{info['steps'] - 1}.pth.tar"
+    evaluation.evalrank(last, split="test", save_path="after.npy")
+    close(np.load("after.npy"), want["sims_after_steps"], info["tolerance_after_steps"])
+    assert torch.load(last, weights_only=False)["epoch"] == info["steps"] - 1

@@ -1,0 +1,275 @@
+"""Scores, loss and encoders against plain loops, and what must not change them."""
+
+import itertools
+
+import pytest
+import torch
+
+import model
+from model import (
+    AGG_FUNC,
+    RAW_FEATURE_NORM,
+    SCAN,
+    ContrastiveLoss,
+    CrossAttention,
+    EncoderImage,
+    EncoderText,
+    l1norm,
+    l2norm,
+    score_all,
+    xattn_score_i2t,
+    xattn_score_t2i,
+)
+from tests import reference
+
+SCORE = {"t2i": xattn_score_t2i, "i2t": xattn_score_i2t}
+VARIANTS = list(itertools.product(SCORE, RAW_FEATURE_NORM, AGG_FUNC))
+
+
+def make(
+    n_images=3, n_captions=4, regions=5, words=6, dim=8, seed=0, dtype=torch.float64, unit=True
+):
+    """Random regions and words; padding is filled with large numbers that no score may read."""
+    g = torch.Generator().manual_seed(seed)
+    images = torch.randn(n_images, regions, dim, generator=g, dtype=dtype)
+    captions = torch.randn(n_captions, words, dim, generator=g, dtype=dtype)
+    if unit:
+        images, captions = l2norm(images, -1), l2norm(captions, -1)
+    lengths = torch.randint(2, words + 1, (n_captions,), generator=g)
+    for caption, length in zip(captions, lengths, strict=True):
+        caption[length:] = 1e3
+    return images, captions, lengths
+
+
+@pytest.mark.parametrize(("direction", "norm", "agg"), VARIANTS)
+@pytest.mark.parametrize("unit", [True, False])
+def test_score_equals_plain_loop(direction, norm, agg, unit):
+    images, captions, lengths = make(unit=unit)
+    got = SCORE[direction](images, captions, lengths, norm, agg, 4.0, 5.0)
+    want = reference.xattn_score(direction, images, captions, lengths, norm, agg, 4.0, 5.0)
+    assert got.shape == (3, 4)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("direction", "norm", "agg"), VARIANTS)
+@pytest.mark.parametrize("max_violation", [True, False])
+def test_gradient_equals_plain_loop(direction, norm, agg, max_violation):
+    images, captions, lengths = make(5, 5)
+    grads = []
+    for score in (SCORE[direction], lambda *a: reference.xattn_score(direction, *a)):
+        leaves = [x.clone().requires_grad_() for x in (images, captions)]
+        scores = score(*leaves, lengths, norm, agg, 4.0, 5.0)
+        ContrastiveLoss(0.2, max_violation)(scores).backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("direction", SCORE)
+def test_sparse_backward_visits_few_pairs(direction, monkeypatch):
+    """With hardest negatives the graph is built for at most 3 B pairs."""
+    images, captions, lengths = make(16, 16)
+    images.requires_grad_()
+    seen = []
+    pairs = model.score_pairs
+    monkeypatch.setattr(
+        model, "score_pairs", lambda *a: seen.append(len(a[-1])) or pairs(*a), raising=True
+    )
+    ContrastiveLoss(0.2, True)(SCORE[direction](images, captions, lengths)).backward()
+    assert seen and 0 < seen[0] <= 3 * 16
+
+
+@pytest.mark.parametrize("direction", SCORE)
+@pytest.mark.parametrize("block", [1, 40, 300, 10**9])
+def test_block_size_does_not_matter(direction, block):
+    images, captions, lengths = make(4, 7)
+    how = CrossAttention(direction == "t2i")
+    want = score_all(images, captions, lengths, how)
+    torch.testing.assert_close(score_all(images, captions, lengths, how, block), want)
+
+
+@pytest.mark.parametrize("direction", SCORE)
+def test_padding_and_order_do_not_matter(direction):
+    images, captions, lengths = make(4, 7)
+    score = SCORE[direction]
+    want = score(images, captions, lengths)
+    longer = torch.cat([captions, torch.full((7, 3, 8), 7.0, dtype=captions.dtype)], 1)
+    torch.testing.assert_close(score(images, longer, lengths), want)
+    order = torch.randperm(7)
+    torch.testing.assert_close(score(images, captions[order], lengths[order]), want[:, order])
+    torch.testing.assert_close(score(images.flip(0), captions, lengths.tolist()), want.flip(0))
+    shuffled = images[:, torch.randperm(5)]
+    torch.testing.assert_close(score(shuffled, captions, lengths), want)
+
+
+@pytest.mark.parametrize(("direction", "norm", "agg"), VARIANTS)
+def test_float32_is_close_to_float64(direction, norm, agg):
+    images, captions, lengths = make(6, 6, regions=36, words=15, dim=64)
+    want = SCORE[direction](images, captions, lengths, norm, agg)
+    got = SCORE[direction](images.float(), captions.float(), lengths, norm, agg)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("direction", "norm", "agg"), VARIANTS)
+def test_degenerate_vectors_have_finite_scores_and_gradients(direction, norm, agg):
+    """All-zero regions and words, opposite regions whose attended vector vanishes, one word."""
+    images, captions, lengths = make(3, 3, dtype=torch.float32)
+    images[0] = 0
+    images[1, 1:] = 0
+    images[2, 0], images[2, 1:] = captions[0, 0], -captions[0, 0] / 4
+    captions[1] = 0
+    lengths[:] = torch.tensor([6, 2, 1])
+    captions[0] = l2norm(torch.randn(6, 8), -1)
+    images.requires_grad_(), captions.requires_grad_()
+    scores = SCORE[direction](images, captions, lengths, norm, agg)
+    assert torch.isfinite(scores).all()
+    scores.sum().backward()
+    assert torch.isfinite(images.grad).all() and torch.isfinite(captions.grad).all()
+
+
+def test_unknown_variants_are_named():
+    images, captions, lengths = make()
+    with pytest.raises(ValueError, match="raw_feature_norm 'l3norm': expected one of softmax"):
+        xattn_score_t2i(images, captions, lengths, "l3norm")
+    with pytest.raises(ValueError, match="agg_func 'mean': expected one of LogSumExp"):
+        xattn_score_t2i(images, captions, lengths, "l2norm", "mean")
+    with pytest.raises(ValueError, match="cross_attn 'both': expected one of t2i, i2t"):
+        SCAN(10, cross_attn="both")
+    with pytest.raises(ValueError, match="precomp_enc_type 'fancy'"):
+        SCAN(10, precomp_enc_type="fancy")
+
+
+def test_norms():
+    x = torch.tensor([[3.0, -4.0], [0.0, 0.0]], requires_grad=True)
+    assert l2norm(x, 1).tolist() == [[pytest.approx(0.6), pytest.approx(-0.8)], [0, 0]]
+    assert l1norm(x, 1).tolist() == [[pytest.approx(3 / 7), pytest.approx(-4 / 7)], [0, 0]]
+    l2norm(x, 1).sum().backward()
+    assert torch.isfinite(x.grad).all() and x.grad[1].abs().max() == 0
+
+
+@pytest.mark.parametrize("max_violation", [True, False])
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_loss_equals_plain_loop(max_violation, size):
+    scores = torch.randn(size, size, dtype=torch.float64, requires_grad=True)
+    loss = ContrastiveLoss(0.2, max_violation)(scores)
+    want = reference.hinge(scores, 0.2, max_violation)
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, scores)[0],
+        torch.autograd.grad(want, scores)[0] if size > 1 else torch.zeros(1, 1).double(),
+    )
+
+
+def test_loss_counts_each_direction_once():
+    scores = torch.tensor([[1.0, 0.9], [0.0, 1.0]])  # one caption too near an image, and back
+    assert ContrastiveLoss(0.2, True)(scores).item() == pytest.approx(0.1 + 0.1)
+    scores = torch.tensor([[1.0, 0.9], [0.0, 2.0]])  # too near for image 0 only
+    assert ContrastiveLoss(0.2, True)(scores).item() == pytest.approx(0.1)
+
+
+def test_tied_negatives_share_no_gradient():
+    """Of tied hardest negatives one carries the gradient, as in the published code."""
+    scores = torch.tensor([[0.0, 0.5, 0.5], [-9, 0, -9], [-9, -9, 0.0]], requires_grad=True)
+    ContrastiveLoss(0.2, True)(scores).backward()
+    assert sorted(scores.grad[0, 1:].tolist()) in ([1.0, 2.0],)
+
+
+def test_one_image_batch_trains():
+    net = SCAN(20, img_dim=6, word_dim=4, embed_size=8)
+    batch = {
+        "images": torch.randn(1, 5, 6),
+        "captions": torch.tensor([[1, 5, 2]]),
+        "lengths": torch.tensor([3]),
+    }
+    scores = net.similarity(net.encode_images(batch), net.encode_captions(batch))
+    assert scores.shape == (1, 1)
+    loss = ContrastiveLoss(0.2, True)(scores)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or p.grad.abs().max() == 0 for p in net.parameters())
+
+
+def test_zero_region_trains():
+    """A region of zeros with a zero bias must not poison the step."""
+    encoder = EncoderImage(6, 8)
+    images = torch.randn(2, 3, 6)
+    images[0, 0] = 0
+    regions = encoder(images)
+    assert regions[0, 0].abs().max() == 0
+    regions[0, 1:].sum().backward()
+    reach = encoder.fc.bias.grad.norm()
+    encoder.zero_grad()
+    encoder(images)[0].sum().backward()
+    torch.testing.assert_close(encoder.fc.bias.grad.norm(), reach)
+
+
+@pytest.mark.parametrize("bi_gru", [True, False])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_text_encoder_ignores_padding_and_batch(bi_gru, layers):
+    encoder = EncoderText(30, 4, 8, layers, bi_gru)
+    captions = torch.randint(4, 30, (3, 7))
+    lengths = torch.tensor([4, 7, 2])
+    words = encoder(captions, lengths)
+    assert words.shape == (3, 7, 8)
+    for caption, length, got in zip(captions, lengths, words, strict=True):
+        alone = encoder(caption[None, :length], length[None])[0]
+        torch.testing.assert_close(got[:length], alone)
+        assert (got[length:] == 0).all()
+    torch.testing.assert_close(words[0, :4].norm(dim=1), torch.ones(4))
+    ahead = encoder.rnn(encoder.embed(captions[1:2]))[0]
+    if bi_gru:
+        ahead = (ahead[..., :8] + ahead[..., 8:]) / 2
+    torch.testing.assert_close(words[1:2], l2norm(ahead, -1))
+
+
+def test_no_norm_flags():
+    plain = SCAN(20, img_dim=6, word_dim=4, embed_size=8, no_imgnorm=True, no_txtnorm=True)
+    batch = {"images": torch.randn(2, 3, 6), "captions": torch.ones(2, 3).long()}
+    batch["lengths"] = torch.tensor([3, 2])
+    regions = plain.encode_images(batch)["regions"]
+    torch.testing.assert_close(regions, plain.img_enc.fc(batch["images"]))
+    assert not torch.allclose(plain.encode_captions(batch)["words"][0].norm(dim=1), torch.ones(3))
+
+
+def test_weight_norm_is_one_scalar_over_the_matrix():
+    fc = EncoderImage(6, 8, "weight_norm").fc
+    assert set(dict(fc.named_parameters())) == {"weight_g", "weight_v", "bias"}
+    assert fc.weight_g.shape == ()
+    x = torch.randn(3, 6)
+    want = x @ (fc.weight_g * fc.weight_v / fc.weight_v.norm()).T + fc.bias
+    torch.testing.assert_close(fc(x), want)
+    with torch.no_grad():
+        fc.weight_v *= 7
+    torch.testing.assert_close(fc(x), want)
+
+
+def test_initialisation():
+    encoder = EncoderImage(300, 200)
+    bound = (6 / 500) ** 0.5
+    assert encoder.fc.bias.abs().max() == 0
+    assert 0.95 * bound < encoder.fc.weight.abs().max() <= bound
+    text = EncoderText(500, 40, 8)
+    assert 0.099 < text.embed.weight.abs().max() <= 0.1
+
+
+def test_float16_features_are_read():
+    encoder = EncoderImage(6, 8)
+    images = torch.randn(2, 3, 6).half()
+    torch.testing.assert_close(encoder(images), encoder(images.float()))
+
+
+def test_amp_keeps_scores_in_float32():
+    net = SCAN(20, img_dim=16, word_dim=8, embed_size=32, bi_gru=True)
+    batch = {
+        "images": torch.randn(4, 5, 16),
+        "captions": torch.randint(4, 20, (4, 6)),
+        "lengths": torch.tensor([6, 5, 4, 3]),
+    }
+    with torch.autocast("cpu", torch.bfloat16):
+        images, captions = net.encode_images(batch), net.encode_captions(batch)
+    scores = net.similarity(images, captions)
+    assert images["regions"].dtype == captions["words"].dtype == scores.dtype == torch.float32
+    want = net.similarity(net.encode_images(batch), net.encode_captions(batch))
+    torch.testing.assert_close(scores, want, rtol=0.05, atol=0.05)
+    ContrastiveLoss(0.2)(scores).backward()
+    assert all(torch.isfinite(p.grad).all() for p in net.parameters())

@@ -1,0 +1,143 @@
+"""Vocabulary files, tokens, and what is said when they are wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nltk
+import pytest
+
+import vocab
+from vocab import Vocabulary, deserialize_vocab, read_captions, serialize_vocab, tokenize
+
+ROOT = Path(vocab.__file__).parent
+
+
+@pytest.fixture
+def punkt(monkeypatch):
+    """Set whether nltk's punkt data seems to be installed."""
+
+    def install(there: bool):
+        vocab.available_tokenizer.cache_clear()
+
+        def word_tokenize(text, preserve_line=False):
+            if not preserve_line and not there:
+                raise LookupError("punkt_tab")
+            return text.replace(".", " . ").split() if there and not preserve_line else text.split()
+
+        monkeypatch.setattr(nltk, "word_tokenize", word_tokenize)
+
+    yield install
+    vocab.available_tokenizer.cache_clear()
+
+
+def test_build_counts_orders_and_thresholds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data" / "x_precomp"
+    folder.mkdir(parents=True)
+    (folder / "train_caps.txt").write_text("A Dog runs .\nthe dog\ndog cat\n")
+    (folder / "dev_caps.txt").write_text("cat dog the\n")
+    vocab.main(["--data_path", "data", "--data_name", "x_precomp", "--threshold", "2"])
+    first = (tmp_path / "vocab" / "x_precomp_vocab.json").read_bytes()
+    words = json.loads(first)
+    assert list(words["word2idx"]) == ["<pad>", "<start>", "<end>", "<unk>", "dog", "the", "cat"]
+    assert words["idx"] == 7 and words["idx2word"]["4"] == "dog"
+    assert words["tokenizer"] in ("punkt", "one_sentence")
+    vocab.main(["--data_name", "x_precomp", "--threshold", "2", "--out", "again/v.json"])
+    assert (tmp_path / "again" / "v.json").read_bytes() == first
+    vocab.main(["--data_name", "x_precomp", "--threshold", "4", "--out", "few.json"])
+    assert len(deserialize_vocab("few.json")) == 5
+
+
+def test_round_trip_and_encoding(tmp_path):
+    words = Vocabulary("one_sentence")
+    for word in (*vocab.SPECIAL, "dog", "dog", "."):
+        words.add_word(word)
+    serialize_vocab(words, tmp_path / "v.json")
+    back = deserialize_vocab(tmp_path / "v.json")
+    assert back.state_dict() == words.state_dict()
+    assert back.idx2word[4] == "dog" and back("cat") == back("<unk>") == 3
+    assert back.encode("Dog zebra.") == [1, 4, 3, 5, 2]
+    assert back.encode("") == [1, 2]
+
+
+def test_published_file_reads(tmp_path):
+    """No tokenizer key, indices as strings."""
+    word2idx = {word: i for i, word in enumerate((*vocab.SPECIAL, "two"))}
+    idx2word = {str(i): word for word, i in word2idx.items()}
+    state = {"word2idx": word2idx, "idx2word": idx2word, "idx": 5}
+    (tmp_path / "v.json").write_text(json.dumps(state))
+    words = deserialize_vocab(tmp_path / "v.json")
+    assert len(words) == 5 and words("two") == 4 and words.tokenizer is None
+
+
+def test_tokens_fall_back_with_one_notice(punkt, capsys):
+    punkt(False)
+    assert tokenize("He ran. He fell.") == ["he", "ran.", "he", "fell."]
+    assert tokenize("a b", "punkt") == ["a", "b"]
+    assert capsys.readouterr().err.count("notice: nltk's punkt data is not installed") == 1
+
+
+def test_tokens_with_punkt(punkt, capsys):
+    punkt(True)
+    assert tokenize("He ran. He") == ["he", "ran", ".", "he"]
+    # A vocabulary made without punkt keeps its tokens where punkt is installed.
+    assert tokenize("He ran. He", "one_sentence") == ["he", "ran.", "he"]
+    assert capsys.readouterr().err == ""
+
+
+def test_real_tokens():
+    assert tokenize("A man's dog, isn't it?", "one_sentence") == (
+        ["a", "man", "'s", "dog", ",", "is", "n't", "it", "?"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("not json", "not a JSON vocabulary"),
+        ("[1]", "not a vocabulary: expected an object"),
+        ('{"word2idx": {"a": 0}}', "not a vocabulary: expected an object"),
+        (
+            '{"word2idx": {"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 5}}',
+            "the indices of its 4 words are not 0, 1",
+        ),
+    ],
+)
+def test_bad_vocabulary_files(tmp_path, content, message):
+    (tmp_path / "v.json").write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        deserialize_vocab(tmp_path / "v.json")
+    assert "v.json" in str(error.value)
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no vocabulary file; build it with"):
+        deserialize_vocab(tmp_path / "v.json")
+    with pytest.raises(FileNotFoundError, match="no_caps.txt: no such caption file"):
+        read_captions(tmp_path / "no_caps.txt")
+
+
+def test_captions_are_read_line_by_line(tmp_path):
+    path = tmp_path / "caps.txt"
+    path.write_bytes("\ufeffa dog\r\n\n caf\u00e9\u2028bar \nlast".encode())
+    assert read_captions(path) == ["a dog", "", "caf\u00e9\u2028bar", "last"]
+    path.write_bytes(b"fine\nbad \xe9 byte\n")
+    with pytest.raises(ValueError, match=r"caps.txt: line 2 is not UTF-8 \(byte 0xe9 at column 5"):
+        read_captions(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="no captions in it"):
+        read_captions(path)
+
+
+def test_script_ends_with_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "vocab.py", "--data_path", "nowhere"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("notice")]
+    assert len(errors) == 1 and errors[0].startswith("error: nowhere/f30k_precomp/train_caps.txt:")

@@ -1,0 +1,200 @@
+"""Bottom-up-attention tsv files to the arrays that data.py reads.
+
+    python util/convert_data.py karpathy_train_resnet101_faster_rcnn_genome.tsv --out data/my_precomp/train
+    python util/convert_data.py trainval.tsv.0 trainval.tsv.1 --ids train_ids.txt --out data/my_precomp/train
+
+A row holds image_id, image_w, image_h, num_boxes, boxes, features, tab-separated; boxes and features
+are base64 of float32. Writes {out}_ims.npy (N, R, F), {out}_ims_bbx.npy (N, R, 4) in pixels,
+{out}_ims_size.npy and {out}_ids.txt, one row at a time: memory does not grow with the files. An image
+with fewer than R = --max_boxes boxes is filled up with zeros.
+"""
+
+import argparse
+import base64
+import binascii
+import csv
+import os
+import sys
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # run by its path
+
+from util.cli import InputError, progress, run  # noqa: E402
+from vocab import read_captions as read_lines  # noqa: E402
+
+FIELDS = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
+SIZE = np.dtype([("image_w", "<i8"), ("image_h", "<i8")])
+
+
+class NpyWriter:
+    """A .npy file written row by row; the number of rows enters the header at the end.
+
+    Written beside the target and renamed by `close`, so that a broken run leaves nothing that looks
+    whole.
+    """
+
+    def __init__(self, path: str, row_shape: tuple[int, ...], dtype: np.dtype):
+        self.path, self.row_shape, self.dtype = path, row_shape, np.dtype(dtype)
+        self.rows = 0
+        self.file = open(f"{path}.part", "wb")
+        self._header()
+
+    def _header(self) -> None:
+        # numpy pads a header so that the first axis can grow without moving the data.
+        np.lib.format.write_array_header_1_0(
+            self.file,
+            {
+                "descr": np.lib.format.dtype_to_descr(self.dtype),
+                "fortran_order": False,
+                "shape": (self.rows, *self.row_shape),
+            },
+        )
+
+    def write(self, row: np.ndarray) -> None:
+        self.file.write(np.ascontiguousarray(row, self.dtype).tobytes())
+        self.rows += 1
+
+    def close(self) -> None:
+        self.file.seek(0)
+        self._header()
+        self.file.close()
+        os.replace(f"{self.path}.part", self.path)
+
+
+def decode(text: str, columns: int | None, boxes: int, where: str, field: str) -> np.ndarray:
+    """base64 of float32 to (boxes, columns); columns None: whatever divides evenly."""
+    try:
+        raw = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InputError(f"{where}: {field} is not base64 ({error}); the file may be cut") from None
+    per_box = columns * 4 if columns else 4
+    expected = f"{boxes} boxes x {columns} float32" if columns else f"float32 for {boxes} boxes"
+    if len(raw) % (boxes * per_box) or (columns and len(raw) != boxes * per_box) or not raw:
+        raise InputError(f"{where}: {field} holds {len(raw)} bytes; expected {expected}")
+    values = np.frombuffer(raw, "<f4").reshape(boxes, -1)
+    if not np.isfinite(values).all():
+        raise InputError(f"{where}: NaN or Inf among {field}; extract that image again")
+    return values
+
+
+def read_rows(
+    paths: Iterable[str], max_boxes: int
+) -> Iterator[tuple[str, int, int, np.ndarray, np.ndarray]]:
+    """(image_id, width, height, boxes (n, 4), features (n, F)) of each row of each file."""
+    csv.field_size_limit(2**31 - 1)  # one row of 100 boxes holds over a megabyte of base64
+    feature_dim = None
+    for path in paths:
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{path}: no such tsv file")
+        with open(path, encoding="ascii", errors="replace", newline="") as lines:
+            for number, row in enumerate(csv.reader(lines, delimiter="\t"), 1):
+                where = f"{path}: row {number}"
+                if len(row) != len(FIELDS):
+                    raise InputError(
+                        f"{where}: {len(row)} fields, expected {len(FIELDS)}: {', '.join(FIELDS)}"
+                    )
+                image_id, *counts, boxes, features = row
+                try:
+                    width, height, n = (int(float(x)) for x in counts)
+                except ValueError:
+                    raise InputError(
+                        f"{where}: image_w, image_h, num_boxes are {counts}, expected numbers"
+                    ) from None
+                if not 1 <= n <= max_boxes:
+                    raise InputError(
+                        f"{where}: {n} boxes, expected 1 to {max_boxes}; see --max_boxes"
+                    )
+                boxes = decode(boxes, 4, n, where, "boxes")
+                features = decode(features, feature_dim, n, where, "features")
+                feature_dim = features.shape[1]
+                yield image_id, width, height, boxes, features
+
+
+def convert(
+    paths: list[str],
+    out: str,
+    ids: list[str] | None = None,
+    max_boxes: int = 36,
+    dtype: str = "float32",
+) -> int:
+    """Write the arrays of `out`; returns the number of images.
+
+    Without `ids`: all images in file order, the first row of an id that comes twice. With `ids`: those
+    images in that order, as the captions need them; the rows found are kept in a scratch file until
+    their place is known. Raises InputError or FileNotFoundError naming file and row.
+    """
+    os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
+    place = None if ids is None else {image_id: i for i, image_id in enumerate(ids)}
+    if place is not None and len(place) != len(ids):
+        raise InputError(f"{len(ids) - len(place)} ids occur twice in the list of ids")
+    seen: dict[str, int] = {}
+    writers: list[NpyWriter] = []
+    try:
+        for image_id, width, height, boxes, features in progress(
+            read_rows(paths, max_boxes), "rows"
+        ):
+            if image_id in seen or (place is not None and image_id not in place):
+                continue
+            if not writers:
+                dim = features.shape[1]
+                writers = [
+                    NpyWriter(f"{out}_ims.npy", (max_boxes, dim), dtype),
+                    NpyWriter(f"{out}_ims_bbx.npy", (max_boxes, 4), np.float32),
+                    NpyWriter(f"{out}_ims_size.npy", (), SIZE),
+                ]
+            seen[image_id] = len(seen)
+            empty = ((0, max_boxes - len(boxes)), (0, 0))
+            rows = np.pad(features, empty), np.pad(boxes, empty), np.array((width, height), SIZE)
+            for writer, row in zip(writers, rows, strict=True):
+                writer.write(row)
+        if not seen:
+            raise InputError(f"{', '.join(paths)}: no image of those asked for")
+        if place is not None:
+            absent = [image_id for image_id in ids if image_id not in seen]
+            if absent:
+                raise InputError(
+                    f"{len(absent)} of {len(ids)} ids are in no tsv file, the first {absent[0]!r}"
+                )
+        for writer in writers:
+            writer.close()
+    except BaseException:
+        for writer in writers:
+            writer.file.close()
+            if os.path.exists(f"{writer.path}.part"):
+                os.remove(f"{writer.path}.part")
+        raise
+    order = list(seen) if ids is None else ids
+    if order != list(seen):
+        for writer in writers:
+            reorder(writer.path, [seen[image_id] for image_id in order])
+    with open(f"{out}_ids.txt", "w", encoding="utf-8") as file:
+        file.writelines(f"{image_id}\n" for image_id in order)
+    return len(order)
+
+
+def reorder(path: str, order: list[int]) -> None:
+    """Rewrite a .npy so that row i is the old row order[i], one row in memory at a time."""
+    array = np.load(path, mmap_mode="r")
+    writer = NpyWriter(path, array.shape[1:], array.dtype)
+    for row in order:
+        writer.write(array[row])
+    writer.close()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("tsv", nargs="+", help="tsv files of generate_tsv.py, in order")
+    parser.add_argument("--out", required=True, help="folder and split, e.g. data/my_precomp/train")
+    parser.add_argument("--ids", help="file of image ids, one a line: which images, in which order")
+    parser.add_argument("--max_boxes", type=int, default=36, help="rows an image takes")
+    parser.add_argument("--dtype", default="float32", choices=("float16", "float32"))
+    opt = parser.parse_args(argv)
+    ids = read_lines(opt.ids) if opt.ids else None
+    n = convert(opt.tsv, opt.out, ids, opt.max_boxes, opt.dtype)
+    print(f"{opt.out}_ims.npy: {n} images")
+
+
+if __name__ == "__main__":
+    run(main)
