@@ -1,8 +1,8 @@
 """Options to a model; model and run state to a file and back; published checkpoints.
 
 A checkpoint is a dict with the published keys `epoch` (the last one finished), `model` (a list of
-state dicts), `best_rsum`, `opt` (argparse.Namespace) and `Eiters`; ours add `vocab` and `run` (what an
-exact resume needs).
+state dicts), `best_rsum`, `opt` (argparse.Namespace) and `Eiters`; ours add `vocab` and `run` (what
+an exact resume needs).
 """
 
 import argparse
@@ -137,8 +137,8 @@ def load(path: str, device: str | torch.device = "cpu") -> dict:
     ]
     if missing or not isinstance(checkpoint["model"], (list, tuple)):
         raise InputError(
-            f"{path}: not a checkpoint of this family: expected a dict with 'model', a list of state "
-            "dicts, and 'opt'"
+            f"{path}: not a checkpoint of this family: expected a dict with 'model', a list of "
+            "state dicts, and 'opt'"
         )
     system = recognise(checkpoint["model"])
     if system not in PARTS:

@@ -1,7 +1,7 @@
 """Precomputed region features and captions, read lazily; batches; loaders.
 
-`DATA_PATH/DATA_NAME/` holds per split `{split}_ims.npy` (rows, R, region_dim), `{split}_caps.txt` and,
-optionally, `{split}_ids.txt`. Letters: B batch, R regions, F region_dim, W words.
+`DATA_PATH/DATA_NAME/` holds per split `{split}_ims.npy` (rows, R, F), `{split}_caps.txt` and,
+optionally, `{split}_ids.txt`. Letters: B batch, R regions, F numbers a region, W words.
 """
 
 import os
@@ -92,8 +92,8 @@ class PrecompDataset(Dataset):
         empty = [row for row, caption in enumerate(captions, 1) if not caption]
         if empty:
             print(
-                f"warning: {stem}_caps.txt: {len(empty)} empty captions (first at line {empty[0]}); "
-                "kept as <start> <end>"
+                f"warning: {stem}_caps.txt: {len(empty)} empty captions (first at line {empty[0]})"
+                ", kept as <start> <end>"
             )
         words = [
             torch.tensor(vocab.encode(caption), dtype=torch.int32)
@@ -143,7 +143,7 @@ class PrecompDataset(Dataset):
 
 
 def collate_fn(items: list[dict]) -> dict[str, Tensor]:
-    """Items to a batch: images (B, R, F), captions (B, W) padded with 0, lengths (B,), indices (B,)."""
+    """Items to a batch: images (B, R, F), captions (B, W) padded with 0, lengths, indices (B,)."""
     batch = {}
     for name in items[0]:
         values = [item[name] for item in items]

@@ -6,8 +6,8 @@
     import evaluation
     evaluation.evalrank("runs/x/model_best.pth.tar", data_path="data", split="test")
 
-Letters: N images, M = k N captions. A wrong candidate that scores the same ranks first: ties cost the
-model.
+Letters: N images, M = k N captions. A wrong candidate that scores the same ranks first: ties cost
+the model.
 """
 
 import argparse
@@ -246,14 +246,14 @@ def evalrank(
 ) -> dict:
     """Evaluate a checkpoint, or the mean score of several, and print the published lines.
 
-    `data_path` holds the folder `data_name` of the checkpoint's options and defaults to theirs. With
-    `fold5` the metrics are means over five equal parts of the split (COCO 1K of testall), and the
-    parts stand under 'folds'; without it testall is COCO 5K. `save_path` writes the score matrix
-    (n_images, n_captions), whole even with fold5, as float32 .npy. `batch_size` only bounds the
-    encoders' memory.
+    `data_path` holds the folder `data_name` of the checkpoint's options and defaults to theirs.
+    With `fold5` the metrics are means over five equal parts of the split (COCO 1K of testall), and
+    the parts stand under 'folds'; without it testall is COCO 5K. `save_path` writes the score
+    matrix (n_images, n_captions), whole even with fold5, as float32 .npy. `batch_size` only bounds
+    the encoders' memory.
 
-    Returns {'i2t': {'r1', 'r5', 'r10', 'medr', 'meanr'}, 't2i': {...}, 'ar', 'ari', 'rsum'}, recalls in
-    percent, ranks from 1. Raises FileNotFoundError or ValueError naming what is wrong.
+    Returns {'i2t': {'r1', 'r5', 'r10', 'medr', 'meanr'}, 't2i': {...}, 'ar', 'ari', 'rsum'},
+    recalls in percent, ranks from 1. Raises FileNotFoundError or ValueError naming what is wrong.
     """
     paths = [model_path] if isinstance(model_path, (str, os.PathLike)) else list(model_path)
     folds = FOLDS if fold5 else 1

@@ -46,7 +46,7 @@ RAW_FEATURE_NORM: dict[str, Callable[[Tensor, int, float], Tensor]] = {
     "no_norm": lambda s, dim, scale: scale * s,
 }
 
-# How the cosines of the Q rows become one score (the paper's eq. 5 and 6; Max and Sum as published).
+# How the cosines of the Q rows become one score (section 3.1; Max and Sum are in the code only).
 AGG_FUNC: dict[str, Callable[[Tensor, int, float], Tensor]] = {
     "LogSumExp": lambda x, dim, lambda_lse: torch.logsumexp(lambda_lse * x, dim) / lambda_lse,
     "Mean": lambda x, dim, lambda_lse: x.mean(dim),
@@ -77,7 +77,7 @@ class WeightNormLinear(nn.Module):
 
 
 class EncoderImage(nn.Module):
-    """Region features to the joint space: one linear layer, then unit length (eq. 9)."""
+    """Region features to the joint space: one linear layer, then unit length (section 3.3)."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class EncoderImage(nn.Module):
 
 
 class EncoderText(nn.Module):
-    """Word ids to one vector a word: embedding, (bi-)GRU, mean of both directions (eq. 10 to 13)."""
+    """Word ids to one vector a word: embedding, GRU, mean of its directions (section 3.4)."""
 
     def __init__(
         self,
@@ -147,10 +147,10 @@ def attend(s: Tensor, gram: Tensor, query_length: Tensor, how: CrossAttention) -
     """Scores (M, N) from the dots s (M, K, Q, N) of key rows and query rows, without padding.
 
     gram (M, K, K) holds the dots among each key item's rows; query_length, broadcast to (M, Q, N),
-    the norms of the query rows. The attended vector c = sum_k a_k k (eq. 2) is never built:
-    q.c = sum_k a_k s_k, and |c|^2 = a' G a. Both directions of the paper are this function: eq. 1 to
-    6 with regions as queries, eq. 7 and 8 with words. The last axis is the long one, and nothing
-    reduces over it: every pass is vectorised.
+    the norms of the query rows. The attended vector c = sum_k a_k k is never built:
+    q.c = sum_k a_k s_k, and |c|^2 = a' G a. Both directions of section 3.1 are this function, i-t
+    with regions as queries, t-i with words. The last axis is the long one, and nothing reduces over
+    it: every pass is vectorised.
     """
     m, k, q, n = s.shape
     normalise = choose(RAW_FEATURE_NORM, how.raw_feature_norm, "raw_feature_norm")
@@ -220,10 +220,10 @@ def score_pairs(
 class SparseScore(torch.autograd.Function):
     """score_all whose backward visits only the pairs that carry a gradient.
 
-    The forward keeps no graph. With hardest negatives at most 3 B of the B^2 scores have a gradient:
-    those pairs are scored again with a graph, and it runs through them only. Where more than a
-    quarter of the pairs have one (the summed hinge early in training), all are scored again, a few
-    captions at a time. The gradient is that of score_all, in less time and memory.
+    The forward keeps no graph. With hardest negatives at most 3 B of the B^2 scores have a
+    gradient: those pairs are scored again with a graph, and it runs through them only. Where more
+    than a quarter of the pairs have one (the summed hinge early in training), all are scored again,
+    a few captions at a time. The gradient is that of score_all, in less time and memory.
     """
 
     @staticmethod
@@ -272,8 +272,8 @@ def xattn_score_t2i(
     """Text-to-image score (words attend to regions) of all pairs: (I, C).
 
     images (I, R, D); captions (C, W, D), of which the first cap_lens (C,) words of each are read.
-    Captions of one length are scored together, so that no padding enters, in blocks of dots that fit
-    the cache; their size does not change the result. Raises ValueError on an unknown name.
+    Captions of one length are scored together, so that no padding enters, in blocks of dots that
+    fit the cache; their size does not change the result. Raises ValueError on an unknown name.
     """
     how = CrossAttention(True, raw_feature_norm, agg_func, lambda_softmax, lambda_lse)
     return xattn_score(images, captions, cap_lens, how)
@@ -294,7 +294,7 @@ def xattn_score_i2t(
 
 
 class ContrastiveLoss(nn.Module):
-    """Hinge ranking loss over a batch of matched pairs, both directions, summed (eq. 14 and 15).
+    """Hinge ranking loss over a batch of matched pairs, both directions, summed (section 3.2).
 
     With `max_violation` each image counts its hardest caption and each caption its hardest image
     only (VSE++); else every negative counts.
@@ -353,7 +353,7 @@ class SCAN(nn.Module):
         return {"regions": self.img_enc(batch["images"])}
 
     def encode_captions(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch['captions'] (C, W), batch['lengths'] (C,) -> {'words': (C, W, D), 'lengths': (C,)}."""
+        """batch['captions'] (C, W), batch['lengths'] (C,) -> {'words': (C, W, D), 'lengths'}."""
         words = self.txt_enc(batch["captions"], batch["lengths"])
         return {"words": words, "lengths": batch["lengths"]}
 

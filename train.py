@@ -271,8 +271,8 @@ def read_vocab(opt: argparse.Namespace, resumed: dict | None) -> Vocabulary:
     vocab = ckpt.find_vocab(resumed, opt.resume)
     if os.path.isfile(path) and deserialize_vocab(path).word2idx != vocab.word2idx:
         raise InputError(
-            f"{path}: not the vocabulary that {opt.resume} was trained with, whose word ids differ; "
-            "give --vocab_path its folder, or move this file away to use the checkpoint's own"
+            f"{path}: not the vocabulary that {opt.resume} was trained with, whose word ids "
+            "differ; give --vocab_path its folder, or move this file away to use the checkpoint's"
         )
     return vocab
 

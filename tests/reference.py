@@ -1,4 +1,4 @@
-"""Plain loops straight from the papers: what the fast routes are tested against. Slow on purpose."""
+"""Plain loops straight from the papers: what the fast routes are tested against."""
 
 import numpy as np
 import torch

@@ -1,12 +1,12 @@
 """Bottom-up-attention tsv files to the arrays that data.py reads.
 
-    python util/convert_data.py karpathy_train_resnet101_faster_rcnn_genome.tsv --out data/my_precomp/train
-    python util/convert_data.py trainval.tsv.0 trainval.tsv.1 --ids train_ids.txt --out data/my_precomp/train
+    python util/convert_data.py train.tsv --out data/my_precomp/train
+    python util/convert_data.py a.tsv b.tsv --ids dev_ids.txt --out data/my_precomp/dev
 
-A row holds image_id, image_w, image_h, num_boxes, boxes, features, tab-separated; boxes and features
-are base64 of float32. Writes {out}_ims.npy (N, R, F), {out}_ims_bbx.npy (N, R, 4) in pixels,
-{out}_ims_size.npy and {out}_ids.txt, one row at a time: memory does not grow with the files. An image
-with fewer than R = --max_boxes boxes is filled up with zeros.
+A row holds image_id, image_w, image_h, num_boxes, boxes, features, tab-separated; boxes and
+features are base64 of float32. Writes {out}_ims.npy (N, R, F), {out}_ims_bbx.npy (N, R, 4) in
+pixels, {out}_ims_size.npy and {out}_ids.txt, one row at a time: memory does not grow with the
+files. An image with fewer than R = --max_boxes boxes is filled up with zeros.
 """
 
 import argparse
@@ -121,9 +121,9 @@ def convert(
 ) -> int:
     """Write the arrays of `out`; returns the number of images.
 
-    Without `ids`: all images in file order, the first row of an id that comes twice. With `ids`: those
-    images in that order, as the captions need them; the rows found are kept in a scratch file until
-    their place is known. Raises InputError or FileNotFoundError naming file and row.
+    Without `ids`: all images in file order, the first row of an id that comes twice. With `ids`:
+    those images in that order, as the captions need them (written in file order first, then put in
+    place row by row). Raises InputError or FileNotFoundError naming file and row.
     """
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     place = None if ids is None else {image_id: i for i, image_id in enumerate(ids)}

@@ -2,10 +2,10 @@
 
     python util/demo_data.py --out data          # writes data/demo_precomp/, the same for one seed
 
-A scene holds two to five shapes of some kind, colour and size. Every second scene is a twin of the one
-before: the same words describe it, but two shapes have exchanged colours or places, so a bag of words
-cannot tell the two apart. Regions are the shapes' boxes, the boxes around pairs of shapes (where
-relations show), the whole picture, and random windows as distractors, in random order.
+A scene holds two to five shapes of some kind, colour and size. Every second scene is a twin of the
+one before: the same words describe it, but two shapes have exchanged colours or places, so a bag of
+words cannot tell the two apart. Regions are the shapes' boxes, the boxes around pairs of shapes
+(where relations show), the whole picture, and random windows as distractors, in random order.
 """
 
 import argparse

@@ -1,0 +1,105 @@
+"""The drawn demo set: reproducible, well formed, and no bag of words."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vocab
+from data import PrecompDataset
+from util import demo_data
+
+ROOT = Path(demo_data.__file__).parent.parent
+SMALL = ["--train", "12", "--dev", "6", "--test", "6"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_layout_and_seed(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        demo_data.main(["--out", str(tmp_path / name), "--seed", str(seed), *SMALL])
+    first, again, other = (contents(tmp_path / name / "demo_precomp") for name in "abc")
+    assert first == again
+    assert first["train_caps.txt"] != other["train_caps.txt"]
+    assert first["train_ims.npy"] != other["train_ims.npy"]
+    folder = tmp_path / "a" / "demo_precomp"
+    for split, n in (("train", 12), ("dev", 6), ("test", 6)):
+        images = np.load(folder / f"{split}_ims.npy")
+        assert images.shape == (n, demo_data.REGIONS, demo_data.DIM) and images.dtype == np.float16
+        assert np.isfinite(images).all() and (images.std((1, 2)) > 0).all()
+        boxes = np.load(folder / f"{split}_ims_bbx.npy")
+        assert boxes.shape == (n, demo_data.REGIONS, 4)
+        assert (boxes >= 0).all() and (boxes <= demo_data.CANVAS).all()
+        assert (boxes[..., 2:] > boxes[..., :2]).all()
+        assert np.load(folder / f"{split}_ims_size.npy")["image_w"].tolist() == [128] * n
+        ids = (folder / f"{split}_ids.txt").read_text().split()
+        with Image.open(folder / "pictures" / split / f"{ids[-1]}.png") as picture:
+            assert picture.size == (128, 128)
+    words = vocab.build_vocab(str(tmp_path / "a"), "demo_precomp", 1)
+    data = PrecompDataset(str(folder), "test", words, demo_data.DIM)
+    assert (data.n_images, data.k, data.ids[0]) == (6, 5, "test_00000")
+
+
+def test_twins_need_more_than_a_bag_of_words():
+    """A twin has the same kinds, colours and sizes, and something exchanged."""
+    import random
+
+    rng = random.Random(0)
+    for _ in range(100):
+        shapes = demo_data.draw_shapes(rng)
+        other = demo_data.twin(shapes, rng)
+        assert shapes != other
+        for name in ("kind", "colour", "size", "x", "y"):
+            assert sorted(s[name] for s in shapes) == sorted(s[name] for s in other)
+
+
+def test_captions_tell_the_truth():
+    import random
+
+    rng = random.Random(1)
+    a = {"kind": "box", "colour": "red", "size": "small", "x": 20, "y": 60}
+    b = {"kind": "moon", "colour": "blue", "size": "large", "x": 100, "y": 64}
+    for _ in range(50):
+        assert "left" in demo_data.relation(a, b, rng) and "right" in demo_data.relation(b, a, rng)
+        text = demo_data.caption([a, b], rng).lower()
+        red, blue = text.index("red"), text.index("blue")
+        assert ("left" in text) == (red < blue) and ("right" in text) == (blue < red)
+        assert "large red" not in text and "small blue" not in text
+    a["x"], a["y"] = 100, 10
+    assert demo_data.relation(a, b, rng) in ("above", "over", "higher than")
+    assert demo_data.relation(b, a, rng) in ("below", "under", "beneath")
+
+
+@pytest.mark.parametrize("kind", demo_data.KINDS)
+def test_every_kind_is_drawn_in_its_colour(kind):
+    shape = {"kind": kind, "colour": "green", "size": "large", "x": 64, "y": 64}
+    pixels = np.asarray(demo_data.draw_scene([shape], (240, 240, 240))).astype(int)
+    inside = (np.abs(pixels - demo_data.COLOURS["green"]).sum(2) < 30).sum()
+    assert 150 < inside < 35**2
+
+
+def test_views_tell_sizes_apart():
+    weights = demo_data.encoder()
+    features = []
+    for size in ("small", "large"):
+        r = demo_data.SIZES[size][1]
+        shape = {"kind": "ball", "colour": "red", "size": size, "x": 64, "y": 64}
+        picture = demo_data.draw_scene([shape], (240, 240, 240))
+        features.append(
+            demo_data.encode_regions(picture, [(64 - r, 64 - r, 64 + r, 64 + r)], weights)
+        )
+    assert np.abs(features[0] - features[1]).max() > 0.1
+
+
+def test_runs_by_its_path(tmp_path):
+    script = ROOT / "util" / "demo_data.py"
+    done = subprocess.run(
+        [sys.executable, script, *SMALL], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "data" / "demo_precomp" / "train_ims.npy").exists()
