@@ -5,6 +5,7 @@ optionally, `{split}_ids.txt`. Letters: B batch, R regions, F numbers a region, 
 """
 
 import os
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -177,6 +178,12 @@ class EpochSampler(Sampler[list[int]]):
         return -(-self.n // self.batch_size) - self.first
 
 
+def leave_signals_to_the_loop(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach workers too; the training loop ends them itself."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def get_train_loader(
     dataset: Dataset, batch_size: int, workers: int, seed: int, pin_memory: bool = False
 ) -> DataLoader:
@@ -188,6 +195,7 @@ def get_train_loader(
         # More processes than cores only slow each other down; the published default is 10.
         num_workers=min(workers, os.cpu_count() or 1),
         pin_memory=pin_memory,
+        worker_init_fn=leave_signals_to_the_loop,
         # Of its own: seeding the workers must not draw from the state that a resume restores.
         generator=torch.Generator().manual_seed(seed),
     )

@@ -112,14 +112,21 @@ def test_interrupted_run_goes_on_exactly(tiny, monkeypatch, restore_signals, cap
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_save_first(tiny, number):
-    """A real process, a real signal: exit status 128 + number, a checkpoint that resumes."""
-    args = [sys.executable, ROOT / "train.py", *train_args(num_epochs=500, log_step=1)]
-    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_signals_save_first(tiny, number, workers):
+    """A real process, a real signal to its whole group, as a terminal and SLURM send it."""
+    flags = train_args(num_epochs=500, log_step=1, workers=workers)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     for line in process.stdout:
         if line.startswith("Epoch: [1]"):
             break
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     out = process.stdout.read()
     assert process.wait(60) == 128 + number, out
     assert "Traceback" not in out and "saved epoch" in out

@@ -1,0 +1,30 @@
+# Sourced by the scripts of single rows: trains one model and prints the paper's recalls beside ours.
+# The row sets: name, title, data_name, paper (six recalls), flags (bash array). Use:
+#   bash scripts/ROW.sh DATA_PATH [more flags of train.py]
+# Checkpoints and logs go to runs/$name (or $RUNS/$name); vocabularies are read from $VOCAB_PATH.
+set -euo pipefail
+if [ $# -eq 0 ] || [ "${1#-}" != "$1" ]; then
+  echo "use: bash scripts/$name.sh DATA_PATH [more flags of train.py]" >&2
+  echo "DATA_PATH holds $data_name/" >&2
+  exit 2
+fi
+data_path=$(cd "$1" && pwd)
+shift
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/environment.sh
+vocab_path=${VOCAB_PATH:-vocab}
+run=${RUNS:-runs}/$name
+[ -f "$vocab_path/${data_name}_vocab.json" ] ||
+  "$PYTHON" vocab.py --data_path "$data_path" --data_name "$data_name" \
+    --out "$vocab_path/${data_name}_vocab.json"
+echo "$title"
+"$PYTHON" train.py --data_path "$data_path" --data_name "$data_name" --vocab_path "$vocab_path" \
+  --model_name "$run" --logger_name "$run" --max_violation --bi_gru "${flags[@]}" \
+  "$@"
+echo "$title"
+if [ "$data_name" = coco_precomp ]; then
+  split=(--split testall --fold5)
+else
+  split=(--split test)
+fi
+"$PYTHON" evaluation.py "$run/model_best.pth.tar" --data_path "$data_path" "${split[@]}" --paper $paper

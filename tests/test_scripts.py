@@ -1,0 +1,81 @@
+"""The shell scripts run to their end on tiny data and print the paper's row beside ours."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+from tests.conftest import write_split
+
+ROOT = Path(train.__file__).parent
+ROWS = sorted(p.stem for p in (ROOT / "scripts").glob("scan_*_?2?_*.sh"))
+TINY = "--img_dim 12 --embed_size 8 --word_dim 6 --num_epochs 1 --batch_size 50 --workers 0".split()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """data/ with tiny f30k_precomp and coco_precomp (testall stored one row a caption)."""
+    home = tmp_path_factory.mktemp("scripts")
+    for name, k in (("f30k_precomp", 1), ("coco_precomp", 5)):
+        folder = home / "data" / name
+        folder.mkdir(parents=True)
+        for split, repeat in (("train", 1), ("dev", 1), ("test", k), ("testall", k)):
+            write_split(folder, split, 20, repeat=repeat)
+    return home
+
+
+def bash(home, script, *args):
+    env = os.environ | {"PYTHON": sys.executable, "RUNS": str(home / "runs")}
+    env["VOCAB_PATH"] = str(home / "vocab")
+    return subprocess.run(
+        ["bash", ROOT / "scripts" / f"{script}.sh", *args],
+        cwd=home,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+
+
+def table(out: str) -> list[list[str]]:
+    return [line.split() for line in out.splitlines() if line.startswith(("paper", "ours"))]
+
+
+def test_there_is_a_script_for_each_row():
+    names = [f"scan_{d}_{w}_{a}" for d in ("coco", "f30k") for w in ("i2t", "t2i") for a in "al"]
+    assert [row[:-2] for row in ROWS] == names
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_rows(home, row):
+    done = bash(home, row, str(home / "data"), *TINY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    paper, ours = table(done.stdout)
+    assert len(paper) == len(ours) == 7
+    assert ("Mean metrics: " in done.stdout) == ("coco" in row)
+    assert ("cross_attn='i2t'" in done.stdout) == ("i2t" in row)
+    assert ("agg_func='Mean'" in done.stdout) == ("avg" in row)
+    assert "max_violation=True" in done.stdout and "bi_gru=True" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["f30k", "coco"])
+def test_ensembles(home, name):
+    for row in (f"scan_{name}_t2i_avg", f"scan_{name}_i2t_lse"):
+        if not (home / "runs" / row).exists():
+            assert bash(home, row, str(home / "data"), *TINY).returncode == 0
+    done = bash(home, f"scan_{name}_ensemble", str(home / "data"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(table(done.stdout)) == (4 if name == "coco" else 2)
+    shutil.rmtree(home / "runs" / f"scan_{name}_i2t_lse")
+    done = bash(home, f"scan_{name}_ensemble", str(home / "data"))
+    assert done.returncode == 1
+    assert f"train it with scripts/scan_{name}_i2t_lse.sh" in done.stderr
+
+
+@pytest.mark.parametrize("script", [ROWS[0], "scan_f30k_ensemble"])
+def test_use_is_explained(home, script):
+    done = bash(home, script)
+    assert done.returncode == 2 and f"use: bash scripts/{script}.sh DATA_PATH" in done.stderr
