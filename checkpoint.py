@@ -190,10 +190,14 @@ def save(state: dict, directory: str, name: str, is_best: bool = False) -> None:
     """
     os.makedirs(directory, exist_ok=True)
     path = os.path.join(directory, name)
-    with open(f"{path}.part", "wb") as part:
-        torch.save(state, part)
-        part.flush()
-        os.fsync(part.fileno())
+    try:
+        with open(f"{path}.part", "wb") as part:
+            torch.save(state, part)
+            part.flush()
+            os.fsync(part.fileno())
+    except BaseException:  # a full disk, a second Ctrl-C: leave no half file
+        os.remove(f"{path}.part")
+        raise
     if is_best:
         best = os.path.join(directory, "model_best.pth.tar")
         shutil.copyfile(f"{path}.part", f"{best}.part")

@@ -33,7 +33,7 @@ from evaluation import (
     to_device,
 )
 from model import ContrastiveLoss
-from util.cli import InputError, progress, run
+from util.cli import InputError, progress, run, say
 from vocab import Vocabulary, deserialize_vocab
 
 INTERRUPTED = "interrupted.pth.tar"
@@ -53,8 +53,10 @@ class StopSignal:
     def __init__(self):
         self.received: int | None = None
         self.at_once = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+        self.before = {
+            number: signal.signal(number, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
 
     def _handle(self, number, frame):
         signal.signal(number, signal.default_int_handler)
@@ -62,6 +64,10 @@ class StopSignal:
         print(f"\n{signal.Signals(number).name}: saving and stopping ...", flush=True)
         if self.at_once:
             raise Stop
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def check(self) -> None:
         if self.received is not None:
@@ -97,7 +103,6 @@ class Average:
 def main(argv: list[str] | None = None) -> None:
     opt = options.parse(argv)
     print(opt)
-    stop = StopSignal()
     torch.manual_seed(opt.seed)
     device = pick_device(opt.device)
 
@@ -141,6 +146,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if at["epoch"] >= opt.num_epochs:
         print(f"nothing to do: {at['epoch']} epochs are done, --num_epochs is {opt.num_epochs}")
+    stop = StopSignal()
     with SummaryWriter(opt.logger_name, purge_step=at["Eiters"] + 1, flush_secs=5) as tb:
         try:
             while at["epoch"] < opt.num_epochs:
@@ -170,6 +176,8 @@ def main(argv: list[str] | None = None) -> None:
             path = os.path.join(opt.model_name, INTERRUPTED)
             print(f"saved epoch {at['epoch']}, batch {at['batch']}: go on with --resume {path}")
             raise SystemExit(128 + stop.received) from None
+        finally:
+            stop.restore()
 
 
 def train_epoch(
@@ -228,10 +236,9 @@ def train_epoch(
 
         step = at["Eiters"]
         if step % opt.log_step == 0:
-            print(
+            say(
                 f"Epoch: [{epoch}][{at['batch']}/{steps}]  Eit {step}  lr {lr:g}  Le {loss_log}  "
-                f"Time {batch_time}  Data {data_time}",
-                flush=True,
+                f"Time {batch_time}  Data {data_time}"
             )
         values = {"epoch": epoch, "step": at["batch"] - 1, "Eit": step, "lr": lr, "Le": value}
         values |= {"batch_time": batch_time.val, "data_time": data_time.val}
@@ -249,9 +256,9 @@ def validate(model: nn.Module, dev_set: PrecompDataset, step: int, tb: SummaryWr
     start = time.time()
     scores = score_matrix(model, *encode_data(model, dev_set))
     metrics = retrieval_metrics(scores)
-    print(f"Image to text: {numbers(metrics['i2t'], ', ')}")
-    print(f"Text to image: {numbers(metrics['t2i'], ', ')}")
-    print(f"rsum: {metrics['rsum']:.1f} (step {step}, {time.time() - start:.1f} s)", flush=True)
+    say(f"Image to text: {numbers(metrics['i2t'], ', ')}")
+    say(f"Text to image: {numbers(metrics['t2i'], ', ')}")
+    say(f"rsum: {metrics['rsum']:.1f} (step {step}, {time.time() - start:.1f} s)")
     tags = {name: metrics["i2t"][name] for name in METRICS}
     tags |= {f"{name}i": metrics["t2i"][name] for name in METRICS}
     tags["rsum"] = metrics["rsum"]

@@ -214,6 +214,7 @@ def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         ckpt.save({"x": 2}, folder, "checkpoint_0.pth.tar", is_best=True)
     monkeypatch.undo()
+    assert sorted(os.listdir(folder)) == ["checkpoint_0.pth.tar", "model_best.pth.tar"]
     for name in ("checkpoint_0.pth.tar", "model_best.pth.tar"):
         assert torch.load(os.path.join(folder, name)) == {"x": 1}
 

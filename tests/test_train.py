@@ -84,16 +84,8 @@ class StopAt(train.StopSignal):
         super().check()
 
 
-@pytest.fixture
-def restore_signals():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
 @pytest.mark.parametrize("steps", [1, 4, 9, 16])
-def test_interrupted_run_goes_on_exactly(tiny, monkeypatch, restore_signals, capsys, steps):
+def test_interrupted_run_goes_on_exactly(tiny, monkeypatch, capsys, steps):
     """Stopped inside an epoch, or (16: between the last step and its validation) at its end."""
     train.main(train_args(num_epochs=3, model_name="whole", logger_name="whole"))
     with monkeypatch.context() as patch:
@@ -134,7 +126,7 @@ def test_signals_save_first(tiny, number, workers):
     train.main(train_args(num_epochs=state["epoch"] + 2, resume="run/interrupted.pth.tar"))
 
 
-def test_stop_inside_validation_is_at_once(tiny, monkeypatch, restore_signals):
+def test_stop_inside_validation_is_at_once(tiny, monkeypatch):
     def validate(*args):
         signal.raise_signal(signal.SIGINT)
         time.sleep(1)

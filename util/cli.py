@@ -19,10 +19,18 @@ def run(main: Callable[[], None]) -> None:
     """
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
     except (InputError, OSError) as error:
         message = str(error).strip().rpartition("InputError: ")[2]
         print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
+
+
+def say(line: str) -> None:
+    """Print a line at once, above a running bar."""
+    tqdm.write(line)
+    sys.stdout.flush()
 
 
 def progress(items, desc: str, total: int | None = None):
