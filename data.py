@@ -6,6 +6,7 @@ optionally, `{split}_ids.txt`. Letters: B batch, R regions, F numbers a region, 
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -179,9 +180,23 @@ class EpochSampler(Sampler[list[int]]):
 
 
 def leave_signals_to_the_loop(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach workers too; the training loop ends them itself."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Let a loader worker end only when its training loop says so.
+
+    Ctrl-C and a scheduler's SIGTERM reach workers too, and a worker that dies of one tears the
+    loop's step. SIGTERM is how the loop's own process ends a worker, so it counts from there only.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS cannot tell who sent a signal
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    parent = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def get_train_loader(
