@@ -304,10 +304,16 @@ class ContrastiveLoss(nn.Module):
         super().__init__()
         self.margin, self.max_violation = margin, max_violation
 
-    def forward(self, scores: Tensor) -> Tensor:
-        """scores (B, B), images by captions, matched pairs on the diagonal -> loss ()."""
+    def forward(self, scores: Tensor, image_index: Tensor | None = None) -> Tensor:
+        """scores (B, B), images by captions, matched pairs on the diagonal -> loss ().
+
+        With image_index (B,), which image each pair shows, another caption of the same image is
+        no negative; without it, as published, it is.
+        """
         matched = scores.diagonal()  # (B,)
-        own = torch.eye(len(scores), dtype=torch.bool, device=scores.device)  # (B, B)
+        if image_index is None:
+            image_index = torch.arange(len(scores), device=scores.device)  # (B,)
+        own = image_index[:, None] == image_index[None, :]  # (B, B)
         caption_cost = (self.margin + scores - matched[:, None]).clamp(min=0)  # (B, B)
         image_cost = (self.margin + scores - matched[None, :]).clamp(min=0)  # (B, B)
         caption_cost = caption_cost.masked_fill(own, 0)

@@ -65,6 +65,12 @@ def build_parser() -> argparse.ArgumentParser:
         "from the first step can sit at twice the margin for epochs, 1 is a good value then",
     )
     training.add_argument(
+        "--no_false_negatives",
+        action="store_true",
+        help="two captions of one image in a batch are no negatives of each other's image "
+        "(published: they are)",
+    )
+    training.add_argument(
         "--amp", action="store_true", help="bfloat16 encoders; scores and loss stay float32"
     )
 

@@ -213,7 +213,8 @@ def train_epoch(
         batch = to_device(batch, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=opt.amp):
             images, captions = model.encode_images(batch), model.encode_captions(batch)
-        loss = criterion(model.similarity(images, captions))  # ()
+        same_image = batch["image_index"] if opt.no_false_negatives else None
+        loss = criterion(model.similarity(images, captions), same_image)  # ()
 
         value = loss.item()
         if value != value or abs(value) == float("inf"):

@@ -167,6 +167,18 @@ def test_loss_counts_each_direction_once():
     assert ContrastiveLoss(0.2, True)(scores).item() == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("max_violation", [True, False])
+def test_captions_of_one_image_need_not_be_negatives(max_violation):
+    scores = torch.randn(4, 4, dtype=torch.float64)
+    image_index = torch.tensor([7, 3, 7, 5])
+    loss = ContrastiveLoss(0.2, max_violation)
+    apart = scores.clone()
+    apart[0, 2] = apart[2, 0] = -100  # never a violation
+    torch.testing.assert_close(loss(scores, image_index), loss(apart))
+    assert loss(scores) != loss(scores, image_index)
+    torch.testing.assert_close(loss(scores, torch.arange(4)), loss(scores))
+
+
 def test_tied_negatives_share_no_gradient():
     """Of tied hardest negatives one carries the gradient, as in the published code."""
     scores = torch.tensor([[0.0, 0.5, 0.5], [-9, 0, -9], [-9, -9, 0.0]], requires_grad=True)

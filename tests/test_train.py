@@ -214,8 +214,8 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoints(tiny):
     before = (tiny / "run" / "checkpoint_0.pth.tar").read_bytes()
     broken = ContrastiveLoss.forward
 
-    def forward(self, scores):
-        return broken(self, scores) * float("nan")
+    def forward(self, *args):
+        return broken(self, *args) * float("nan")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ContrastiveLoss, "forward", forward)
@@ -234,6 +234,7 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoints(tiny):
         {"precomp_enc_type": "weight_norm", "no_imgnorm": True, "no_txtnorm": True},
         {"num_layers": 2, "bi_gru": None, "grad_clip": 0, "raw_feature_norm": "clipped_l1norm"},
         {"amp": True, "agg_func": "Max"},
+        {"no_false_negatives": True, "raw_feature_norm": "no_norm"},
         {"batch_size": 99, "max_violation": None},  # a last batch of one caption
     ],
 )
