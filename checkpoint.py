@@ -6,10 +6,13 @@ an exact resume needs).
 """
 
 import argparse
+import contextlib
+import glob
 import os
 import pickle
 import re
 import shutil
+import tempfile
 
 import numpy as np
 import torch
@@ -122,6 +125,8 @@ def load(path: str, device: str | torch.device = "cpu") -> dict:
     try:
         with torch.serialization.safe_globals(SAFE):
             checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except PermissionError:
+        raise
     except Exception as error:  # a damaged file can fail anywhere in torch's reader
         foreign = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and foreign:
@@ -132,54 +137,83 @@ def load(path: str, device: str | torch.device = "cpu") -> dict:
         raise InputError(
             f"{path}: not a checkpoint, or a damaged one ({type(error).__name__}); copy it again"
         ) from None
-    missing = [
-        key for key in ("model", "opt") if not isinstance(checkpoint, dict) or key not in checkpoint
-    ]
-    if missing or not isinstance(checkpoint["model"], (list, tuple)):
-        raise InputError(
-            f"{path}: not a checkpoint of this family: expected a dict with 'model', a list of "
-            "state dicts, and 'opt'"
-        )
+    check_contents(checkpoint, path)
     system = recognise(checkpoint["model"])
     if system not in PARTS:
         raise InputError(f"{path}: a checkpoint of {system}, which this version cannot run yet")
-    filled = options.defaults(system) | read_architecture(checkpoint["model"])
-    filled |= vars(checkpoint["opt"]) | {"model": system}
+    filled = options.defaults(system)
+    stored = {name: x for name, x in vars(checkpoint["opt"]).items() if x is not None}
+    for name in filled.keys() & stored.keys():
+        if isinstance(stored[name], str) != isinstance(filled[name], str):
+            raise InputError(
+                f"{path}: its option {name} is {stored[name]!r}, expected such as {filled[name]!r}"
+            )
+    filled |= read_architecture(checkpoint["model"]) | stored | {"model": system}
     checkpoint["opt"] = argparse.Namespace(**filled)
     return checkpoint
 
 
-def find_vocab(checkpoint: dict, path: str, vocab_path: str | None = None) -> Vocabulary:
+def check_contents(checkpoint: dict, path: str) -> None:
+    """Refuse what is not a published-style dict of state dicts and options."""
+    what = None
+    if not isinstance(checkpoint, dict) or not {"model", "opt"} <= checkpoint.keys():
+        what = "a dict with 'model' and 'opt'"
+    elif not isinstance(checkpoint["opt"], argparse.Namespace):
+        what = "'opt' to be an argparse.Namespace"
+    else:
+        states = checkpoint["model"]
+        if not isinstance(states, (list, tuple)) or len(states) not in (2, 4):
+            what = "'model' to be a list of two or four state dicts"
+        elif not all(
+            isinstance(state, dict) and all(isinstance(x, torch.Tensor) for x in state.values())
+            for state in states
+        ):
+            what = "dicts of tensors in 'model'"
+        elif not {"fc.weight", "fc.weight_v"} & states[0].keys() or (
+            "embed.weight" not in states[1] and len(states) == 2
+        ):
+            what = "weights named fc.weight and embed.weight in the first two state dicts"
+        elif not isinstance(checkpoint.get("epoch", -1), int):
+            what = "'epoch' to be a number"
+    if what:
+        raise InputError(f"{path}: not a checkpoint of this family: expected {what}")
+
+
+def find_vocab(
+    checkpoint: dict, path: str, vocab_path: str | os.PathLike | None = None
+) -> Vocabulary:
     """The vocabulary a checkpoint was trained with.
 
-    Looked for in this order: the checkpoint itself, `vocab_path` (a folder or a file), the folder
-    that its options name, from here and from the project. Raises InputError if its size is not that
-    of the word embedding: a checkpoint belongs to its vocabulary file.
+    Looked for in the checkpoint itself, at `vocab_path` (a folder or a file), in the folder that its
+    options name, from here and from the project. A checkpoint belongs to its vocabulary: raises
+    InputError where one at `vocab_path` differs from the checkpoint's own, or has not as many words
+    as the word embedding has rows.
     """
     opt = checkpoint["opt"]
+    own = None
     if checkpoint.get("vocab") is not None:
-        vocab, source = Vocabulary.from_state_dict(checkpoint["vocab"], path), path
-    else:
+        own = vocab = Vocabulary.from_state_dict(checkpoint["vocab"], path)
+        source = path
+    if own is None or vocab_path:
         name = f"{opt.data_name}_vocab.json"
         here = os.path.dirname(os.path.abspath(__file__))
-        places = (
-            [vocab_path] if vocab_path else [opt.vocab_path, os.path.join(here, opt.vocab_path)]
-        )
+        places = [opt.vocab_path, os.path.join(here, opt.vocab_path)]
+        places = [os.fspath(vocab_path)] if vocab_path else places
         files = [p if p.endswith(".json") else os.path.join(p, name) for p in places]
         source = next((file for file in files if os.path.isfile(file)), files[0])
         vocab = deserialize_vocab(source)
-    check_vocab(len(vocab), source, checkpoint, path)
-    return vocab
-
-
-def check_vocab(size: int, source: str, checkpoint: dict, path: str) -> None:
-    """Refuse a vocabulary whose size is not that of the checkpoint's word embedding."""
     rows = checkpoint["model"][1]["embed.weight"].shape[0]
-    if size != rows:
+    if len(vocab) != rows:
         raise InputError(
-            f"{source}: {size} words, but {path} was trained with {rows}; give --vocab_path the "
-            "folder of the vocabulary file that the checkpoint came with"
+            f"{source}: {len(vocab)} words, but {path} was trained with {rows}; give --vocab_path "
+            "the folder of the vocabulary file that the checkpoint came with"
         )
+    if own is not None and vocab.word2idx != own.word2idx:
+        raise InputError(
+            f"{source}: not the vocabulary that {path} was trained with, the word ids differ; "
+            "without --vocab_path the checkpoint's own is used"
+        )
+    return own or vocab
 
 
 def save(state: dict, directory: str, name: str, is_best: bool = False) -> None:
@@ -188,18 +222,39 @@ def save(state: dict, directory: str, name: str, is_best: bool = False) -> None:
     A run killed while it writes leaves the old files whole. The best is renamed first: a run that
     dies between the two resumes from the older checkpoint and comes to the same best again.
     """
-    os.makedirs(directory, exist_ok=True)
     path = os.path.join(directory, name)
+    best = os.path.join(directory, "model_best.pth.tar")
     try:
         with open(f"{path}.part", "wb") as part:
             torch.save(state, part)
             part.flush()
             os.fsync(part.fileno())
+        if is_best:
+            shutil.copyfile(f"{path}.part", f"{best}.part")
+            os.replace(f"{best}.part", best)
+        os.replace(f"{path}.part", path)
     except BaseException:  # a full disk, a second Ctrl-C: leave no half file
-        os.remove(f"{path}.part")
+        for part in (f"{path}.part", f"{best}.part"):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(part)
         raise
-    if is_best:
-        best = os.path.join(directory, "model_best.pth.tar")
-        shutil.copyfile(f"{path}.part", f"{best}.part")
-        os.replace(f"{best}.part", best)
-    os.replace(f"{path}.part", path)
+
+
+def prepare(directory: str, patterns: tuple[str, ...] = ()) -> None:
+    """Make an output folder, see that it can be written, and move an earlier run's files aside.
+
+    Files that match a pattern go to `directory/earlier_K`, so that a run started twice into one
+    folder loses nothing.
+    """
+    os.makedirs(directory, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory):
+        pass
+    old = [path for pattern in patterns for path in glob.glob(os.path.join(directory, pattern))]
+    if old:
+        k = 1
+        while os.path.exists(aside := os.path.join(directory, f"earlier_{k}")):
+            k += 1
+        os.makedirs(aside)
+        for path in old:
+            os.replace(path, os.path.join(aside, os.path.basename(path)))
+        print(f"notice: {directory} holds an earlier run: {len(old)} files moved to {aside}")

@@ -27,11 +27,15 @@ def open_array(path: str, ndim: int) -> np.ndarray:
         raise FileNotFoundError(f"{path}: no such feature file; see `Your own data` in README.md")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except PermissionError:
+        raise
     except (ValueError, EOFError, OSError) as error:
         raise InputError(
             f"{path}: not a whole .npy array ({error}); it may be truncated "
             f"({os.path.getsize(path)} bytes here): copy or make it again"
         ) from None
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{path}: an archive of arrays (.npz); expected one array (.npy)")
     if array.ndim != ndim or array.dtype not in (np.float16, np.float32, np.float64):
         raise InputError(
             f"{path}: expected a float16 or float32 array of {ndim} axes, "
@@ -49,14 +53,17 @@ def repeats(array: np.ndarray, captions_per_row: int) -> int:
     """
     if captions_per_row > 1 or len(array) == 1:
         return 1
-    k = 1
-    while k < len(array) and np.array_equal(array[0], array[k]):
-        k += 1
-    if k == 1 or len(array) % k:
-        return 1
-    groups = np.unique(np.linspace(0, len(array) // k - 1, 200).astype(int))
-    same = all(np.array_equal(array[g * k], array[g * k + j]) for g in groups for j in range(1, k))
-    return k if same else 1
+    equal = 1
+    while equal < len(array) and np.array_equal(array[0], array[equal]):
+        equal += 1
+    # The first photos may be alike, so k can be any divisor of that run.
+    for k in range(equal, 1, -1):
+        if equal % k or len(array) % k:
+            continue
+        groups = np.unique(np.linspace(0, len(array) // k - 1, 200).astype(int)) * k
+        if all(np.array_equal(array[g], array[g + j]) for g in groups for j in range(1, k)):
+            return k
+    return 1
 
 
 class PrecompDataset(Dataset):
@@ -170,7 +177,7 @@ class EpochSampler(Sampler[list[int]]):
         self.epoch = self.first = 0
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         order = torch.randperm(self.n, generator=generator)
         for batch in order.split(self.batch_size)[self.first :]:
             yield batch.tolist()
@@ -212,5 +219,5 @@ def get_train_loader(
         pin_memory=pin_memory,
         worker_init_fn=leave_signals_to_the_loop,
         # Of its own: seeding the workers must not draw from the state that a resume restores.
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator().manual_seed(seed % 2**63),
     )

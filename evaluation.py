@@ -90,7 +90,7 @@ def score_matrix(
     n_captions = sum(len(group["index"]) for group in captions)
     scores = np.zeros((n_images, n_captions), dtype=np.float32)
     for fold in range(folds):
-        rows, columns = fold_slice(n_images, fold, folds), fold_slice(n_captions, fold, folds)
+        rows, columns = fold_slices(n_images, n_captions, fold, folds)
         some_images = {name: x[rows] for name, x in images.items()}
         for group in progress(captions, "scoring"):
             inside = (group["index"] >= columns.start) & (group["index"] < columns.stop)
@@ -103,9 +103,11 @@ def score_matrix(
     return scores
 
 
-def fold_slice(n: int, fold: int, folds: int) -> slice:
-    """The rows of one of `folds` equal parts of n (published: 1,000 images of 5,000)."""
-    return slice(fold * n // folds, (fold + 1) * n // folds)
+def fold_slices(n_images: int, n_captions: int, fold: int, folds: int) -> tuple[slice, slice]:
+    """Images, and their captions, of one of `folds` equal parts (published: 1,000 of 5,000)."""
+    k = n_captions // n_images
+    first, last = fold * n_images // folds, (fold + 1) * n_images // folds
+    return slice(first, last), slice(k * first, k * last)
 
 
 def _own(scores: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -256,6 +258,14 @@ def evalrank(
     recalls in percent, ranks from 1. Raises FileNotFoundError or ValueError naming what is wrong.
     """
     paths = [model_path] if isinstance(model_path, (str, os.PathLike)) else list(model_path)
+    if not paths:
+        raise InputError("no checkpoint to evaluate")
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size {batch_size}: expected at least 1")
+    if save_path and (
+        os.path.isdir(save_path) or not os.path.isdir(os.path.dirname(save_path) or ".")
+    ):
+        raise InputError(f"{save_path}: not a file in a folder that exists; nothing was scored")
     folds = FOLDS if fold5 else 1
     device = pick_device(device)
     scores = None
@@ -280,9 +290,7 @@ def evalrank(
 
     results = []
     for fold in range(FOLDS):
-        n, m = scores.shape
-        part = scores[fold_slice(n, fold, FOLDS), fold_slice(m, fold, FOLDS)]
-        metrics = retrieval_metrics(part)
+        metrics = retrieval_metrics(scores[fold_slices(*scores.shape, fold, FOLDS)])
         print(f"Image to text: {numbers(metrics['i2t'], ', ')}")
         print(f"Text to image: {numbers(metrics['t2i'], ', ')}")
         print(f"rsum: {metrics['rsum']:.1f} ar: {metrics['ar']:.1f} ari: {metrics['ari']:.1f}")

@@ -159,8 +159,10 @@ def attend(s: Tensor, gram: Tensor, query_length: Tensor, how: CrossAttention) -
     dot = (a * s).sum(1)  # (M, Q, N)
     a = a.view(m, k, q * n)  # (M, K, Q N)
     square = ((gram @ a) * a).sum(1).view(m, q, n)  # (M, Q, N)
-    # Rounding can push a' G a of a vanishing attended vector below 0; the clamp also keeps the
-    # gradient of the root finite there.
+    # The Gram form loses its digits where the attended vector all but vanishes, and may come out
+    # below 0. By Cauchy and Schwarz |c|^2 >= (q.c / |q|)^2, so that no cosine leaves [-1, 1]; the
+    # clamps keep the gradients of quotient and root finite.
+    square = torch.maximum(square, (dot / query_length.clamp_min(EPS)) ** 2)  # (M, Q, N)
     length = square.clamp_min(EPS**2).sqrt()  # (M, Q, N)
     cosine = dot / (query_length * length).clamp_min(EPS)  # (M, Q, N)
     return aggregate(cosine, 1, how.lambda_lse)  # (M, N)

@@ -1,9 +1,28 @@
 """Every flag once, with its published name and default."""
 
 import argparse
+from collections.abc import Callable
 
 # A paper's own defaults where they differ from SCAN's; filled in when a checkpoint lacks an option.
 PAPER_DEFAULTS: dict[str, dict] = {"scan": {}}
+
+
+def number(kind: type, low: float, strict: bool = False) -> Callable[[str], float]:
+    """An argparse type: a number of at least `low`, or above it if `strict`."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not (value > low if strict else value >= low) or value == float("inf"):
+            bound = f"above {low}" if strict else f"of at least {low}"
+            raise argparse.ArgumentTypeError(f"{text}: expected a number {bound}")
+        return value
+
+    parse.__name__ = kind.__name__  # what argparse calls it in its own messages
+    return parse
+
+
+COUNT, FROM_0 = number(int, 1), number(int, 0)
+POSITIVE, NOT_NEGATIVE = number(float, 0, strict=True), number(float, 0)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -19,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--data_name", default="precomp", help="e.g. f30k_precomp, coco_precomp")
     data.add_argument("--vocab_path", default="./vocab/", help="folder of {data_name}_vocab.json")
     data.add_argument(
-        "--workers", default=10, type=int, help="loader processes (never more than cores)"
+        "--workers", default=10, type=FROM_0, help="loader processes (never more than cores)"
     )
 
     run = parser.add_argument_group("run")
@@ -27,12 +46,12 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--device", default="auto", help="auto (cuda if there is one), cpu, cuda:1, ..."
     )
-    run.add_argument("--seed", default=0, type=int, help="decides everything random")
+    run.add_argument("--seed", default=0, type=FROM_0, help="decides everything random")
     run.add_argument("--model_name", default="./runs/runX/checkpoint", help="checkpoints go here")
     run.add_argument("--logger_name", default="./runs/runX/log", help="TensorBoard, log.jsonl")
-    run.add_argument("--log_step", default=10, type=int, help="steps between printed lines")
+    run.add_argument("--log_step", default=10, type=COUNT, help="steps between printed lines")
     run.add_argument(
-        "--val_step", default=500, type=int, help="steps between validations; 0: each epoch only"
+        "--val_step", default=500, type=FROM_0, help="steps between validations; 0: each epoch only"
     )
     run.add_argument(
         "--resume", default="", metavar="PATH", help="checkpoint to go on from, exactly if ours"
@@ -44,23 +63,25 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     training = parser.add_argument_group("training")
-    training.add_argument("--num_epochs", default=30, type=int, help="epochs in all")
-    training.add_argument("--batch_size", default=128, type=int, help="pairs a step")
-    training.add_argument("--learning_rate", default=0.0002, type=float, help="of Adam")
+    training.add_argument("--num_epochs", default=30, type=COUNT, help="epochs in all")
+    training.add_argument("--batch_size", default=128, type=COUNT, help="pairs a step")
+    training.add_argument("--learning_rate", default=0.0002, type=NOT_NEGATIVE, help="of Adam")
     training.add_argument(
-        "--lr_update", default=15, type=int, help="epochs after which the rate falls ten times"
+        "--lr_update", default=15, type=COUNT, help="epochs after which the rate falls ten times"
     )
     training.add_argument(
-        "--grad_clip", default=2.0, type=float, help="gradient norm; 0: no clipping"
+        "--grad_clip", default=2.0, type=NOT_NEGATIVE, help="gradient norm; 0: no clipping"
     )
-    training.add_argument("--margin", default=0.2, type=float, help="of the hinge ranking loss")
+    training.add_argument(
+        "--margin", default=0.2, type=NOT_NEGATIVE, help="of the hinge ranking loss"
+    )
     training.add_argument(
         "--max_violation", action="store_true", help="hardest negatives instead of their sum"
     )
     training.add_argument(
         "--vse_mean_warmup_epochs",
         default=0,
-        type=int,
+        type=FROM_0,
         help="epochs of the summed hinge before --max_violation takes effect; hardest negatives "
         "from the first step can sit at twice the margin for epochs, 1 is a good value then",
     )
@@ -75,10 +96,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     model = parser.add_argument_group("encoders")
-    model.add_argument("--img_dim", default=2048, type=int, help="numbers a region")
-    model.add_argument("--word_dim", default=300, type=int, help="word embedding size")
-    model.add_argument("--embed_size", default=1024, type=int, help="joint space size")
-    model.add_argument("--num_layers", default=1, type=int, help="GRU layers")
+    model.add_argument("--img_dim", default=2048, type=COUNT, help="numbers a region")
+    model.add_argument("--word_dim", default=300, type=COUNT, help="word embedding size")
+    model.add_argument("--embed_size", default=1024, type=COUNT, help="joint space size")
+    model.add_argument("--num_layers", default=1, type=COUNT, help="GRU layers")
     model.add_argument("--bi_gru", action="store_true", help="GRU in both directions")
     model.add_argument("--precomp_enc_type", default="basic", help="basic | weight_norm")
     model.add_argument("--no_imgnorm", action="store_true", help="do not normalise regions")
@@ -92,9 +113,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="clipped_l2norm | l2norm | clipped_l1norm | l1norm | clipped | no_norm | softmax",
     )
     scan.add_argument("--agg_func", default="LogSumExp", help="LogSumExp | Mean | Max | Sum")
-    scan.add_argument("--lambda_lse", default=6.0, type=float, help="LogSumExp inverse temperature")
     scan.add_argument(
-        "--lambda_softmax", default=9.0, type=float, help="attention inverse temperature"
+        "--lambda_lse", default=6.0, type=POSITIVE, help="LogSumExp inverse temperature"
+    )
+    scan.add_argument(
+        "--lambda_softmax", default=9.0, type=POSITIVE, help="attention inverse temperature"
     )
     return parser
 

@@ -118,14 +118,21 @@ def main(argv: list[str] | None = None) -> None:
 
     model = ckpt.build_model(opt, len(vocab)).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=opt.learning_rate)
-    # Where the run stands: epoch under way, batches of it done, their losses, steps in all, best.
-    at = {"epoch": 0, "batch": 0, "loss_sum": 0.0, "loss_count": 0, "Eiters": 0, "best_rsum": -1.0}
+    # Where the run stands: epoch under way, batches of it done, their losses, steps in all, whether
+    # a validation is due before the next one, best score.
+    at = {"epoch": 0, "batch": 0, "loss_sum": 0.0, "loss_count": 0}
+    at |= {"Eiters": 0, "val_due": False, "best_rsum": -1.0}
     if resumed:
         ckpt.load_weights(model, resumed, opt.resume)
         if not opt.reset_start_epoch:
-            restore(resumed, optimizer, at, opt)
+            restore(resumed, optimizer, at, opt, len(train_set))
         print(f"=> loaded {opt.resume}: epoch {at['epoch']}, best rsum {at['best_rsum']:.1f}")
-        del resumed
+    fresh = resumed is None or opt.reset_start_epoch
+    del resumed
+    ckpt.prepare(opt.model_name, ("*.pth.tar",) if fresh else ())
+    ckpt.prepare(opt.logger_name, ("log.jsonl", "events.out.tfevents.*") if fresh else ())
+    log_path = os.path.join(opt.logger_name, "log.jsonl")
+    forget_epochs_from(at["epoch"], log_path)
 
     def state() -> dict:
         return {
@@ -138,6 +145,7 @@ def main(argv: list[str] | None = None) -> None:
             "vocab": vocab.state_dict(),
             "run": at
             | {
+                "n_captions": len(train_set),
                 "optimizer": optimizer.state_dict(),
                 "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state_all() if device.type == "cuda" else [],
@@ -165,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
                     **metrics,
                     "best_rsum": at["best_rsum"],
                 }
-                with open(os.path.join(opt.logger_name, "log.jsonl"), "a") as log:
+                with open(log_path, "a") as log:
                     log.write(json.dumps(record) + "\n")
                 name = f"checkpoint_{at['epoch']}.pth.tar"
                 at.update(epoch=at["epoch"] + 1, batch=0, loss_sum=0.0, loss_count=0)
@@ -201,6 +209,13 @@ def train_epoch(
     loader.batch_sampler.epoch, loader.batch_sampler.first = epoch, at["batch"]
     steps = at["batch"] + len(loader)
 
+    def validate_if_due() -> None:
+        if at["val_due"]:
+            with stop:  # left by a signal, it stays due
+                validate(model, dev_set, at["Eiters"], tb)
+            at["val_due"] = False
+
+    validate_if_due()
     loss_log, batch_time, data_time = (
         Average(at["loss_sum"], at["loss_count"]),
         Average(),
@@ -232,6 +247,8 @@ def train_epoch(
         loss_log.update(value, len(batch["index"]))
         at.update(batch=at["batch"] + 1, Eiters=at["Eiters"] + 1)
         at.update(loss_sum=loss_log.total, loss_count=loss_log.count)
+        due = opt.val_step and at["Eiters"] % opt.val_step == 0
+        at["val_due"] = bool(due and at["batch"] < steps)  # an epoch's end has its own
         batch_time.update(time.time() - end)
         end = time.time()
 
@@ -246,10 +263,8 @@ def train_epoch(
         for tag, number in values.items():
             tb.add_scalar(tag, number, step)
         stop.check()
-        if opt.val_step and step % opt.val_step == 0 and at["batch"] < steps:
-            with stop:
-                validate(model, dev_set, step, tb)
-            end = time.time()
+        validate_if_due()
+        end = time.time()
 
 
 def validate(model: nn.Module, dev_set: PrecompDataset, step: int, tb: SummaryWriter) -> dict:
@@ -273,44 +288,67 @@ def read_vocab(opt: argparse.Namespace, resumed: dict | None) -> Vocabulary:
     path = os.path.join(opt.vocab_path, f"{opt.data_name}_vocab.json")
     if resumed is None:
         return deserialize_vocab(path)
-    inside = resumed.get("vocab")
-    if inside is None:
-        return ckpt.find_vocab(resumed, opt.resume, path)
-    vocab = ckpt.find_vocab(resumed, opt.resume)
-    if os.path.isfile(path) and deserialize_vocab(path).word2idx != vocab.word2idx:
-        raise InputError(
-            f"{path}: not the vocabulary that {opt.resume} was trained with, whose word ids "
-            "differ; give --vocab_path its folder, or move this file away to use the checkpoint's"
-        )
-    return vocab
+    given = path if os.path.isfile(path) or resumed.get("vocab") is None else None
+    return ckpt.find_vocab(resumed, opt.resume, given)
+
+
+def forget_epochs_from(epoch: int, path: str) -> None:
+    """Drop the lines of a log that a run resumed at `epoch` will write again."""
+    if not os.path.isfile(path):
+        return
+    with open(path) as log:
+        lines = log.readlines()
+    kept = [line for line in lines if json.loads(line)["epoch"] < epoch]
+    if len(kept) < len(lines):
+        with open(f"{path}.part", "w") as log:
+            log.writelines(kept)
+        os.replace(f"{path}.part", path)
+
+
+# Options that do not change what a resumed run computes.
+FREE = {"data_path", "vocab_path", "workers", "device", "model_name", "logger_name", "log_step"}
+FREE |= {"val_step", "resume", "reset_start_epoch", "num_epochs", "model", "vocab_size"}
 
 
 def restore(
-    resumed: dict, optimizer: torch.optim.Optimizer, at: dict, opt: argparse.Namespace
+    resumed: dict,
+    optimizer: torch.optim.Optimizer,
+    at: dict,
+    opt: argparse.Namespace,
+    n_captions: int,
 ) -> None:
     """Bring optimizer, counters and random state to where the checkpoint was written."""
-    progress_made = resumed.get("run")
     at["epoch"] = resumed.get("epoch", -1) + 1
-    at["Eiters"] = int(resumed.get("Eiters", 0))
-    at["best_rsum"] = float(resumed.get("best_rsum", -1))
-    if progress_made is None:
+    at["Eiters"] = int(resumed.get("Eiters") or 0)
+    at["best_rsum"] = float(resumed.get("best_rsum") or -1)
+    saved, now = vars(resumed["opt"]), vars(opt)
+    changed = [name for name in now if name not in FREE and saved.get(name) != now[name]]
+    if changed:
+        changes = ", ".join(f"--{name} {saved.get(name)} -> {now[name]}" for name in changed)
+        print(f"notice: resuming with changed options: {changes}")
+    if "run" not in resumed:
         print(
             "notice: a published checkpoint holds no optimizer or random state: both start afresh"
         )
         return
-    saved, now = vars(resumed["opt"]), vars(opt)
-    changed = [
-        f"--{name} {saved.get(name)} -> {now[name]}"
-        for name in ("seed", "batch_size", "data_name", "learning_rate", "lr_update", "margin")
-        if saved.get(name) != now[name]
-    ]
-    if changed:
-        print(f"notice: resuming with changed options: {', '.join(changed)}")
-    at.update({name: progress_made[name] for name in at})
-    optimizer.load_state_dict(progress_made["optimizer"])
-    torch.set_rng_state(progress_made["rng"])
-    if torch.cuda.is_available() and progress_made["cuda_rng"]:
-        torch.cuda.set_rng_state_all(progress_made["cuda_rng"])
+    run_state = resumed["run"]
+    moved = {"batch_size", "seed"} & set(changed) or run_state.get("n_captions") != n_captions
+    if run_state.get("batch") and moved:
+        raise InputError(
+            f"{opt.resume}: written inside an epoch, at batch {run_state['batch']}, with another "
+            "batch size, seed or training set; give those, or resume from the end of an epoch"
+        )
+    try:
+        at.update({name: run_state[name] for name in at})
+        optimizer.load_state_dict(run_state["optimizer"])
+        torch.set_rng_state(run_state["rng"])
+        if torch.cuda.is_available() and run_state["cuda_rng"]:
+            torch.cuda.set_rng_state_all(run_state["cuda_rng"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{opt.resume}: its run state does not fit ({type(error).__name__}: {error}); "
+            "--reset_start_epoch takes only its weights"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ class Vocabulary:
                 f"{source}: not a vocabulary: expected an object with 'word2idx' that holds "
                 f"{' '.join(SPECIAL)}; build one with vocab.py"
             )
-        if sorted(word2idx.values()) != list(range(len(word2idx))):
+        if set(word2idx.values()) != set(range(len(word2idx))):
             raise InputError(
                 f"{source}: the indices of its {len(word2idx)} words are not 0, 1, ..."
             )
@@ -103,6 +103,8 @@ class Vocabulary:
 
 def serialize_vocab(vocab: Vocabulary, dest: str | os.PathLike) -> None:
     """Write a vocabulary as JSON, whole or not at all."""
+    if os.path.isdir(dest):
+        raise InputError(f"{dest}: a folder; name the vocabulary file itself")
     part = Path(f"{dest}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     part.write_text(json.dumps(vocab.state_dict()), encoding="utf-8")
@@ -157,6 +159,8 @@ def build_vocab(data_path: str, data_name: str, threshold: int = 4) -> Vocabular
     vocab = Vocabulary(tokenizer)
     for word in (*SPECIAL, *(word for word, count in counter.items() if count >= threshold)):
         vocab.add_word(word)
+    if len(vocab) == len(SPECIAL):
+        raise InputError(f"no word of {data_path}/{data_name} occurs {threshold} times")
     return vocab
 
 

@@ -153,17 +153,56 @@ def test_missing_and_foreign_files_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("states", "system"),
     [
-        ([{"position_embedding.weight": 0}, {}], "pfan"),
-        ([{"position_embedding.weight": 0, "fc_whole.weight": 0}, {}], "pfan_whole"),
-        ([{}, {}, {"graph_convolution_1.mean_rho": 0}, {}], "gsmn"),
-        ([{}, {}, {}, {}], "chan"),
+        ([("position_embedding.weight",), ()], "pfan"),
+        ([("position_embedding.weight", "fc_whole.weight"), ()], "pfan_whole"),
+        ([(), (), ("graph_convolution_1.mean_rho",), ()], "gsmn"),
+        ([(), (), (), ()], "chan"),
     ],
 )
 def test_other_systems_are_recognised(tmp_path, states, system):
     path = str(tmp_path / "x.pth.tar")
+    names = [("fc.weight", *states[0]), ("embed.weight", *states[1]), *states[2:]]
+    states = [{name: torch.zeros(2, 2) for name in some} for some in names]
     torch.save({"model": states, "opt": argparse.Namespace()}, path)
     with pytest.raises(ValueError, match=f"a checkpoint of {system}, which this version"):
         ckpt.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("opt", None),
+        ("opt", {"embed_size": 16}),
+        ("model", []),
+        ("model", [{}]),
+        ("model", [{}, {}]),
+        ("model", [torch.zeros(2), torch.zeros(2)]),
+        ("model", [{"fc.weight": 1}, {"embed.weight": 2}]),
+        ("epoch", "three"),
+    ],
+)
+def test_contents_of_another_kind_are_named(published, name, value):
+    path = published(lambda state: state.update({name: value}))
+    with pytest.raises(ValueError, match="published.pth.tar: not a checkpoint of this family"):
+        ckpt.load(path)
+
+
+def test_options_of_another_kind_are_named(published):
+    path = published(lambda state: setattr(state["opt"], "embed_size", "16"))
+    with pytest.raises(ValueError, match="its option embed_size is '16', expected such as 1024"):
+        ckpt.load(path)
+
+
+def test_given_vocabulary_must_agree_with_the_checkpoint(tiny):
+    train.main(train_args(num_epochs=1))
+    path = "run/model_best.pth.tar"
+    evaluation.evalrank(path, split="test", vocab_path=tiny / "vocab")
+    with pytest.raises(FileNotFoundError, match="no vocabulary file"):
+        evaluation.evalrank(path, split="test", vocab_path="no")
+    text = (tiny / "vocab" / "tiny_precomp_vocab.json").read_text()
+    (tiny / "v.json").write_text(text.replace('"dog": ', '"x": '))
+    with pytest.raises(ValueError, match="v.json: not the vocabulary that run/model_best"):
+        evaluation.evalrank(path, split="test", vocab_path="v.json")
 
 
 def test_weights_that_do_not_fit_are_named(published):
@@ -204,6 +243,7 @@ def test_vocabulary_places(published, monkeypatch):
 
 def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):
     folder = str(tmp_path / "run")
+    ckpt.prepare(folder)
     ckpt.save({"x": 1}, folder, "checkpoint_0.pth.tar", is_best=True)
 
     def dies(state, file):
@@ -215,6 +255,10 @@ def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):
         ckpt.save({"x": 2}, folder, "checkpoint_0.pth.tar", is_best=True)
     monkeypatch.undo()
     assert sorted(os.listdir(folder)) == ["checkpoint_0.pth.tar", "model_best.pth.tar"]
+    monkeypatch.setattr(shutil, "copyfile", lambda a, b: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ckpt.save({"x": 3}, folder, "checkpoint_0.pth.tar", is_best=True)
+    assert len(os.listdir(folder)) == 2
     for name in ("checkpoint_0.pth.tar", "model_best.pth.tar"):
         assert torch.load(os.path.join(folder, name)) == {"x": 1}
 

@@ -2,9 +2,9 @@
 
 import base64
 import os
-import resource
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +83,7 @@ def spoiled(index, value):
     [
         ("a\tb", "row 2: 2 fields, expected 6: image_id, image_w"),
         (spoiled(3, "three"), "row 2: image_w, image_h, num_boxes are .*, expected numbers"),
+        (spoiled(1, "inf"), "row 2: image_w, image_h, num_boxes are .*, expected numbers"),
         (spoiled(3, "40"), "row 2: 40 boxes, expected 1 to 36; see --max_boxes"),
         (spoiled(3, "0"), "row 2: 0 boxes"),
         (spoiled(4, "AAA"), "row 2: boxes is not base64"),
@@ -109,24 +110,45 @@ def test_missing_and_empty_files(tmp_path):
 
 
 def test_memory_does_not_grow(tmp_path):
-    """60 MB of features through a process that may not grow by 20."""
+    """60 MB of features through a conversion that never holds more than a few."""
     line = row("{}", 36, 2048)[0]
     with open(tmp_path / "big.tsv", "w") as file:
         for i in range(200):
             file.write(line.replace("{}", str(i), 1) + "\n")
-    code = (
-        "import resource, sys, util.convert_data as c\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "c.convert(sys.argv[1:2], sys.argv[2], ids=[str(i) for i in reversed(range(200))])\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
-    )
-    args = [sys.executable, "-c", code, tmp_path / "big.tsv", tmp_path / "out"]
-    done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    unit = 1 if sys.platform == "darwin" else 1024
-    assert int(done.stdout) * unit < 20e6
+    tracemalloc.start()
+    try:
+        ids = [str(i) for i in reversed(range(200))]
+        convert([str(tmp_path / "big.tsv")], str(tmp_path / "out"), ids)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 10e6
     assert os.path.getsize(tmp_path / "out_ims.npy") > 58e6
-    assert resource.getrusage(resource.RUSAGE_SELF)
+
+
+def test_non_ascii_ids_stay_apart(tmp_path):
+    tsv = write(tmp_path / "x.tsv", row("фото")[0], row("кино", seed=1)[0])
+    assert convert([tsv], str(tmp_path / "out")) == 2
+    assert (tmp_path / "out_ids.txt").read_text(encoding="utf-8") == "фото\nкино\n"
+
+
+def test_features_that_do_not_fit_are_refused(tmp_path):
+    tsv = write(tmp_path / "x.tsv", spoiled(5, b64(np.full(15, 7e4))))
+    assert convert([tsv], str(tmp_path / "out")) == 1
+    with pytest.raises(ValueError, match="image bad: a feature above 65504, too large for float16"):
+        convert([tsv], str(tmp_path / "half"), dtype="float16")
+
+
+def test_a_run_that_breaks_while_ordering_leaves_nothing(tmp_path, monkeypatch):
+    tsv = write(tmp_path / "x.tsv", row("a")[0], row("b")[0])
+
+    def dies(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert_data, "reorder", dies)
+    with pytest.raises(KeyboardInterrupt):
+        convert([tsv], str(tmp_path / "out"), ids=["b", "a"])
+    assert os.listdir(tmp_path) == ["x.tsv"]
 
 
 def test_runs_by_its_path_and_feeds_training(tiny):

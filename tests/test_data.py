@@ -46,6 +46,16 @@ def test_equal_first_photos_are_not_repeats(tmp_path, words):
     assert split(tmp_path, words, "test").n_images == 6
 
 
+@pytest.mark.parametrize("k", [2, 5, 6])
+def test_repeats_are_seen_past_equal_first_photos(tmp_path, words, k):
+    write_split(tmp_path, "test", 6, k=k, repeat=k)
+    rows = np.load(tmp_path / "test_ims.npy")
+    rows[k : 2 * k] = rows[:k]
+    np.save(tmp_path / "test_ims.npy", rows)
+    data = split(tmp_path, words, "test")
+    assert (data.n_images, data.k) == (6, k)
+
+
 def test_float16_stays_float16_and_is_mapped(tmp_path, words):
     write_split(tmp_path, "train", 6)
     np.save(tmp_path / "train_ims.npy", np.load(tmp_path / "train_ims.npy").astype(np.float16))
@@ -134,6 +144,11 @@ def pickled(folder):
             lambda f: np.save(f / "train_ims.npy", np.zeros((4, 4, 12), np.int64)),
             ValueError,
             "found int64",
+        ),
+        (
+            lambda f: np.savez(open(f / "train_ims.npy", "wb"), a=np.zeros(3)),
+            ValueError,
+            "an archive of arrays",
         ),
         (truncated, ValueError, "not a whole .npy array"),
         (pickled, ValueError, "not a whole .npy array"),

@@ -51,9 +51,9 @@ def test_twins_need_more_than_a_bag_of_words():
 
     rng = random.Random(0)
     for _ in range(100):
-        shapes = demo_data.draw_shapes(rng)
-        other = demo_data.twin(shapes, rng)
+        shapes, other = demo_data.draw_twins(rng)
         assert shapes != other
+        assert demo_data.is_clear(shapes) and demo_data.is_clear(other)
         for name in ("kind", "colour", "size", "x", "y"):
             assert sorted(s[name] for s in shapes) == sorted(s[name] for s in other)
 

@@ -109,6 +109,18 @@ def test_save_path_holds_the_matrix(trained):
     assert retrieval_metrics(scores) == metrics
 
 
+@pytest.mark.parametrize("n", [6, 7, 12])
+def test_uneven_folds_keep_captions_with_their_images(trained, n):
+    write_split(trained / "data" / "tiny_precomp", "test", n)
+    path = "run/model_best.pth.tar"
+    metrics = evaluation.evalrank(path, split="test", fold5=True)
+    evaluation.evalrank(path, split="test", save_path="whole.npy")
+    whole = np.load("whole.npy")
+    cuts = [f * n // 5 for f in range(6)]
+    for fold, a, b in zip(metrics["folds"], cuts, cuts[1:], strict=False):
+        assert fold == retrieval_metrics(whole[a:b, 5 * a : 5 * b])
+
+
 @pytest.mark.parametrize("save", [True, False])
 def test_five_fold(trained, capsys, save):
     path = "run/model_best.pth.tar"
@@ -198,6 +210,18 @@ def test_command_line(trained, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2].split() == ["paper", *map(str, paper)]
     assert lines[-1].startswith("ours") and len(lines[-1].split()) == 7
+
+
+def test_bad_arguments_are_named_before_scoring(trained, monkeypatch):
+    monkeypatch.setattr(evaluation, "model_scores", None)
+    with pytest.raises(ValueError, match="nodir/x.npy: not a file in a folder that exists"):
+        evaluation.evalrank("run/model_best.pth.tar", save_path="nodir/x.npy")
+    with pytest.raises(ValueError, match="run: not a file in a folder"):
+        evaluation.evalrank("run/model_best.pth.tar", save_path="run")
+    with pytest.raises(ValueError, match="no checkpoint to evaluate"):
+        evaluation.evalrank([])
+    with pytest.raises(ValueError, match="batch_size 0: expected at least 1"):
+        evaluation.evalrank("run/model_best.pth.tar", batch_size=0)
 
 
 def test_unknown_device_and_split_are_named(trained):

@@ -1,6 +1,7 @@
 """Scores, loss and encoders against plain loops, and what must not change them."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -127,6 +128,27 @@ def test_degenerate_vectors_have_finite_scores_and_gradients(direction, norm, ag
     assert torch.isfinite(images.grad).all() and torch.isfinite(captions.grad).all()
 
 
+@pytest.mark.parametrize(("direction", "norm", "agg"), VARIANTS)
+def test_nearly_vanishing_attended_vectors(direction, norm, agg):
+    """Opposite rows cancel: cosines stay in [-1, 1], gradients sane, digits as far as they go."""
+    g = torch.Generator().manual_seed(1)
+    v = torch.randn(2, 9, 64, generator=g, dtype=torch.float64)
+    w = torch.randn(2, 4, 64, generator=g, dtype=torch.float64)
+    for noise, tolerance in ((1e-4, None), (0.3, 1e-4)):
+        images = l2norm(torch.cat([v, -v + noise * torch.randn(v.shape, generator=g)], 1), -1)
+        captions = l2norm(torch.cat([w, -w + noise * torch.randn(w.shape, generator=g)], 1), -1)
+        leaves = images.float().requires_grad_(), captions.float().requires_grad_()
+        scores = SCORE[direction](*leaves, [8, 8], norm, agg, 0.01, 6.0)
+        rows = 8 if direction == "t2i" else 18
+        bound = {"Sum": rows, "LogSumExp": 1 + math.log(rows) / 6}.get(agg, 1)
+        assert scores.abs().max() <= bound * 1.0001
+        scores.sum().backward()
+        assert all(leaf.grad.abs().max() < 1e6 for leaf in leaves)
+        if tolerance:
+            want = reference.xattn_score(direction, images, captions, [8, 8], norm, agg, 0.01, 6.0)
+            torch.testing.assert_close(scores.double(), want, rtol=0, atol=tolerance * bound)
+
+
 def test_unknown_variants_are_named():
     images, captions, lengths = make()
     with pytest.raises(ValueError, match="raw_feature_norm 'l3norm': expected one of softmax"):
@@ -169,7 +191,9 @@ def test_loss_counts_each_direction_once():
 
 @pytest.mark.parametrize("max_violation", [True, False])
 def test_captions_of_one_image_need_not_be_negatives(max_violation):
-    scores = torch.randn(4, 4, dtype=torch.float64)
+    scores = torch.eye(4, dtype=torch.float64)
+    scores[0, 2] = scores[2, 0] = 0.95
+    scores[0, 1] = scores[3, 2] = 0.9
     image_index = torch.tensor([7, 3, 7, 5])
     loss = ContrastiveLoss(0.2, max_violation)
     apart = scores.clone()

@@ -13,7 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from model import ContrastiveLoss
+from model import SCAN, ContrastiveLoss
 from tests.conftest import read_log, train_args
 
 ROOT = Path(train.__file__).parent
@@ -140,6 +140,152 @@ def test_stop_inside_validation_is_at_once(tiny, monkeypatch):
     train.main(train_args(num_epochs=1, resume="run/interrupted.pth.tar"))
     assert same_weights("whole/checkpoint_0.pth.tar", "run/checkpoint_0.pth.tar")
     assert len(read_log("run")) == 1
+
+
+def test_resume_keeps_the_best(tiny):
+    """A later, worse epoch must not take model_best."""
+    train.main(train_args(num_epochs=1))
+    state = torch.load("run/checkpoint_0.pth.tar", weights_only=False)
+    for where in (state, state["run"]):
+        where["best_rsum"] = 599.0
+    torch.save(state, "ours.pth.tar")
+    del state["run"]
+    torch.save(state, "published.pth.tar")
+    for resume in ("ours.pth.tar", "published.pth.tar"):
+        train.main(train_args(num_epochs=3, resume=resume, model_name="more"))
+        assert sorted(os.listdir("more")) == ["checkpoint_1.pth.tar", "checkpoint_2.pth.tar"]
+        last = torch.load("more/checkpoint_2.pth.tar", weights_only=False)
+        assert last["best_rsum"] == 599.0 and last["Eiters"] == 21
+
+
+def test_equal_score_keeps_the_older_best(tiny):
+    train.main(train_args(num_epochs=3, learning_rate=0))
+    assert torch.load("run/model_best.pth.tar", weights_only=False)["epoch"] == 0
+
+
+def test_random_state_is_restored(tiny, monkeypatch):
+    """Models that draw in training (dropping words, say) resume exactly too."""
+    encode = SCAN.encode_images
+
+    def noisy(self, batch):
+        images = batch["images"]
+        if self.training:
+            images = images + 0.1 * torch.randn(images.shape)
+        return encode(self, {"images": images})
+
+    monkeypatch.setattr(SCAN, "encode_images", noisy)
+    train.main(train_args(num_epochs=3, model_name="whole", logger_name="whole"))
+    train.main(train_args(num_epochs=1))
+    torch.manual_seed(99)
+    train.main(train_args(num_epochs=3, resume="run/checkpoint_0.pth.tar"))
+    assert same_weights("whole/checkpoint_2.pth.tar", "run/checkpoint_2.pth.tar")
+
+
+def test_second_run_in_one_folder_loses_nothing(tiny, capsys):
+    train.main(train_args(num_epochs=1))
+    before = (tiny / "run" / "checkpoint_0.pth.tar").read_bytes()
+    train.main(train_args(num_epochs=1, seed=5))
+    assert (tiny / "run" / "earlier_1" / "checkpoint_0.pth.tar").read_bytes() == before
+    assert "run holds an earlier run: 2 files moved to run/earlier_1" in capsys.readouterr().out
+    assert len(read_log("run")) == len(read_log("run/earlier_2")) == 1
+
+
+def test_resuming_earlier_rewrites_the_log(tiny):
+    train.main(train_args(num_epochs=3))
+    train.main(train_args(num_epochs=4, resume="run/checkpoint_0.pth.tar"))
+    assert [record["epoch"] for record in read_log("run")] == [0, 1, 2, 3]
+    assert not os.path.exists("run/earlier_1")
+
+
+def test_inside_an_epoch_the_batches_must_stay(tiny, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "StopSignal", StopAt)
+        StopAt.left = 3
+        with pytest.raises(SystemExit):
+            train.main(train_args(num_epochs=3))
+    resume = {"resume": "run/interrupted.pth.tar", "num_epochs": 3}
+    for change in ({"batch_size": 8}, {"seed": 1}):
+        with pytest.raises(ValueError, match="written inside an epoch, at batch 3, with another"):
+            train.main(train_args(**resume, **change))
+    capsys.readouterr()
+    train.main(train_args(**resume, cross_attn="i2t", lambda_softmax=4))
+    notice = "changed options: --cross_attn t2i -> i2t, --lambda_softmax 9.0 -> 4.0"
+    assert notice in capsys.readouterr().out
+
+
+def test_stop_inside_a_step_validation_leaves_it_due(tiny, monkeypatch):
+    seen, real = [], train.validate
+
+    def validate(model, dev_set, step, tb):
+        seen.append(step)
+        if len(seen) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return real(model, dev_set, step, tb)
+
+    monkeypatch.setattr(train, "validate", validate)
+    with pytest.raises(SystemExit):
+        train.main(train_args(num_epochs=1, val_step=3))
+    train.main(train_args(num_epochs=1, val_step=3, resume="run/interrupted.pth.tar"))
+    assert seen == [3, 3, 6, 7]
+
+
+@pytest.mark.parametrize("spoil", ["optimizer", "rng", "batch"])
+def test_broken_run_state_is_named(tiny, spoil):
+    train.main(train_args(num_epochs=1))
+    state = torch.load("run/checkpoint_0.pth.tar", weights_only=False)
+    if spoil == "batch":
+        del state["run"]["batch"]
+    else:
+        state["run"][spoil] = {}
+    torch.save(state, "broken.pth.tar")
+    with pytest.raises(ValueError, match="broken.pth.tar: its run state does not fit"):
+        train.main(train_args(num_epochs=2, resume="broken.pth.tar"))
+
+
+def test_amp_reaches_the_encoders(tiny, monkeypatch):
+    seen, encode = [], SCAN.encode_images
+
+    def record(self, batch):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return encode(self, batch)
+
+    monkeypatch.setattr(SCAN, "encode_images", record)
+    train.main(train_args(num_epochs=1, amp=True))
+    assert seen == [True] * 7 + [False]  # seven steps, then the validation
+    seen.clear()
+    train.main(train_args(num_epochs=1))
+    assert not any(seen)
+
+
+def test_outputs_are_probed_before_training(tiny, monkeypatch):
+    monkeypatch.setattr(train, "train_epoch", None)
+    (tiny / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        train.main(train_args(model_name="file"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"batch_size": 0},
+        {"batch_size": -3},
+        {"log_step": 0},
+        {"lr_update": 0},
+        {"workers": -1},
+        {"embed_size": 0},
+        {"learning_rate": -1},
+        {"learning_rate": "nan"},
+        {"lambda_lse": 0},
+        {"num_epochs": 0},
+        {"seed": -1},
+    ],
+)
+def test_numbers_out_of_range_are_named(flags, capsys):
+    ((name, value),) = flags.items()
+    with pytest.raises(SystemExit) as stopped:
+        train.main(train_args(**flags))
+    assert stopped.value.code == 2
+    assert f"argument --{name}: {value}: expected a number" in capsys.readouterr().err
 
 
 def test_reset_takes_only_the_weights(tiny):

@@ -48,6 +48,10 @@ def test_build_counts_orders_and_thresholds(tmp_path, monkeypatch):
     assert (tmp_path / "again" / "v.json").read_bytes() == first
     vocab.main(["--data_name", "x_precomp", "--threshold", "4", "--out", "few.json"])
     assert len(deserialize_vocab("few.json")) == 5
+    with pytest.raises(ValueError, match="no word of data/x_precomp occurs 9 times"):
+        vocab.main(["--data_name", "x_precomp", "--threshold", "9", "--out", "none.json"])
+    with pytest.raises(ValueError, match="again: a folder"):
+        vocab.main(["--data_name", "x_precomp", "--threshold", "2", "--out", "again"])
 
 
 def test_round_trip_and_encoding(tmp_path):
@@ -99,6 +103,10 @@ def test_real_tokens():
         ("not json", "not a JSON vocabulary"),
         ("[1]", "not a vocabulary: expected an object"),
         ('{"word2idx": {"a": 0}}', "not a vocabulary: expected an object"),
+        (
+            '{"word2idx": {"<pad>": null, "<start>": 1, "<end>": 2, "<unk>": 3}}',
+            "the indices of its 4 words are not 0, 1",
+        ),
         (
             '{"word2idx": {"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 5}}',
             "the indices of its 4 words are not 0, 1",

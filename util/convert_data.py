@@ -15,6 +15,7 @@ import binascii
 import csv
 import os
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -29,16 +30,12 @@ SIZE = np.dtype([("image_w", "<i8"), ("image_h", "<i8")])
 
 
 class NpyWriter:
-    """A .npy file written row by row; the number of rows enters the header at the end.
-
-    Written beside the target and renamed by `close`, so that a broken run leaves nothing that looks
-    whole.
-    """
+    """A .npy file written row by row; the number of rows enters the header at the end."""
 
     def __init__(self, path: str, row_shape: tuple[int, ...], dtype: np.dtype):
         self.path, self.row_shape, self.dtype = path, row_shape, np.dtype(dtype)
         self.rows = 0
-        self.file = open(f"{path}.part", "wb")
+        self.file = open(path, "wb")
         self._header()
 
     def _header(self) -> None:
@@ -60,7 +57,6 @@ class NpyWriter:
         self.file.seek(0)
         self._header()
         self.file.close()
-        os.replace(f"{self.path}.part", self.path)
 
 
 def decode(text: str, columns: int | None, boxes: int, where: str, field: str) -> np.ndarray:
@@ -88,7 +84,7 @@ def read_rows(
     for path in paths:
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path}: no such tsv file")
-        with open(path, encoding="ascii", errors="replace", newline="") as lines:
+        with open(path, encoding="utf-8", errors="replace", newline="") as lines:
             for number, row in enumerate(csv.reader(lines, delimiter="\t"), 1):
                 where = f"{path}: row {number}"
                 if len(row) != len(FIELDS):
@@ -98,7 +94,7 @@ def read_rows(
                 image_id, *counts, boxes, features = row
                 try:
                     width, height, n = (int(float(x)) for x in counts)
-                except ValueError:
+                except (ValueError, OverflowError):
                     raise InputError(
                         f"{where}: image_w, image_h, num_boxes are {counts}, expected numbers"
                     ) from None
@@ -126,23 +122,37 @@ def convert(
     place row by row). Raises InputError or FileNotFoundError naming file and row.
     """
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-    place = None if ids is None else {image_id: i for i, image_id in enumerate(ids)}
-    if place is not None and len(place) != len(ids):
-        raise InputError(f"{len(ids) - len(place)} ids occur twice in the list of ids")
-    seen: dict[str, int] = {}
-    writers: list[NpyWriter] = []
-    try:
+    if ids is not None and len(set(ids)) != len(ids):
+        raise InputError(f"{len(ids) - len(set(ids))} ids occur twice in the list of ids")
+    wanted = None if ids is None else set(ids)
+    largest = np.finfo(dtype).max
+    seen: dict[str, int] = {}  # id to row, in file order
+    # Written beside the targets and renamed at the very end: a broken run leaves nothing that looks
+    # whole, and never rows in another order than their ids.
+    with tempfile.TemporaryDirectory(
+        prefix=f"{os.path.basename(out)}_",
+        suffix=".part",
+        dir=os.path.dirname(os.path.abspath(out)),
+    ) as scratch:
+        writers: list[NpyWriter] = []
         for image_id, width, height, boxes, features in progress(
             read_rows(paths, max_boxes), "rows"
         ):
-            if image_id in seen or (place is not None and image_id not in place):
+            if image_id in seen or (wanted is not None and image_id not in wanted):
                 continue
+            if np.abs(features).max() > largest:
+                raise InputError(
+                    f"image {image_id}: a feature above {largest:g}, too large for {dtype}"
+                )
             if not writers:
-                dim = features.shape[1]
+                shapes = {
+                    "ims": ((max_boxes, features.shape[1]), dtype),
+                    "ims_bbx": ((max_boxes, 4), np.float32),
+                    "ims_size": ((), SIZE),
+                }
                 writers = [
-                    NpyWriter(f"{out}_ims.npy", (max_boxes, dim), dtype),
-                    NpyWriter(f"{out}_ims_bbx.npy", (max_boxes, 4), np.float32),
-                    NpyWriter(f"{out}_ims_size.npy", (), SIZE),
+                    NpyWriter(os.path.join(scratch, f"{name}.npy"), *kind)
+                    for name, kind in shapes.items()
                 ]
             seen[image_id] = len(seen)
             empty = ((0, max_boxes - len(boxes)), (0, 0))
@@ -151,36 +161,31 @@ def convert(
                 writer.write(row)
         if not seen:
             raise InputError(f"{', '.join(paths)}: no image of those asked for")
-        if place is not None:
-            absent = [image_id for image_id in ids if image_id not in seen]
-            if absent:
-                raise InputError(
-                    f"{len(absent)} of {len(ids)} ids are in no tsv file, the first {absent[0]!r}"
-                )
+        order = list(seen) if ids is None else ids
+        absent = [image_id for image_id in order if image_id not in seen]
+        if absent:
+            raise InputError(
+                f"{len(absent)} of {len(ids)} ids are in no tsv file, the first {absent[0]!r}"
+            )
         for writer in writers:
             writer.close()
-    except BaseException:
-        for writer in writers:
-            writer.file.close()
-            if os.path.exists(f"{writer.path}.part"):
-                os.remove(f"{writer.path}.part")
-        raise
-    order = list(seen) if ids is None else ids
-    if order != list(seen):
-        for writer in writers:
-            reorder(writer.path, [seen[image_id] for image_id in order])
-    with open(f"{out}_ids.txt", "w", encoding="utf-8") as file:
-        file.writelines(f"{image_id}\n" for image_id in order)
+            if order != list(seen):
+                reorder(writer.path, [seen[image_id] for image_id in order])
+        with open(os.path.join(scratch, "ids.txt"), "w", encoding="utf-8") as file:
+            file.writelines(f"{image_id}\n" for image_id in order)
+        for name in ("ims.npy", "ims_bbx.npy", "ims_size.npy", "ids.txt"):
+            os.replace(os.path.join(scratch, name), f"{out}_{name}")
     return len(order)
 
 
 def reorder(path: str, order: list[int]) -> None:
     """Rewrite a .npy so that row i is the old row order[i], one row in memory at a time."""
     array = np.load(path, mmap_mode="r")
-    writer = NpyWriter(path, array.shape[1:], array.dtype)
+    writer = NpyWriter(f"{path}.ordered", array.shape[1:], array.dtype)
     for row in order:
         writer.write(array[row])
     writer.close()
+    os.replace(writer.path, path)
 
 
 def main(argv: list[str] | None = None) -> None:

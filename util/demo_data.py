@@ -108,24 +108,35 @@ def draw_shapes(rng: random.Random) -> list[dict]:
             "x": rng.uniform(r + 2, CANVAS - r - 2),
             "y": rng.uniform(r + 2, CANVAS - r - 2),
         }
-        clear = all(
-            math.hypot(shape["x"] - o["x"], shape["y"] - o["y"]) > r + SIZES[o["size"]][1] + 6
-            and (shape["kind"], shape["colour"]) != (o["kind"], o["colour"])
-            for o in shapes
-        )
-        if clear:
+        if is_clear([*shapes, shape]):
             shapes.append(shape)
     return shapes
 
 
-def twin(shapes: list[dict], rng: random.Random) -> list[dict]:
-    """The same shapes after two of them have exchanged colours or places."""
-    shapes = [dict(shape) for shape in shapes]
-    a, b = rng.sample(shapes, 2)
-    names = ("colour",) if a["colour"] != b["colour"] and rng.random() < 0.5 else ("x", "y")
-    for name in names:
-        a[name], b[name] = b[name], a[name]
-    return shapes
+def is_clear(shapes: list[dict]) -> bool:
+    """Whether the shapes lie inside, apart, and differ in kind or colour."""
+    for i, a in enumerate(shapes):
+        r = SIZES[a["size"]][1]
+        if not all(r + 2 <= a[axis] <= CANVAS - r - 2 for axis in "xy"):
+            return False
+        for b in shapes[:i]:
+            if math.hypot(a["x"] - b["x"], a["y"] - b["y"]) <= r + SIZES[b["size"]][1] + 6:
+                return False
+            if (a["kind"], a["colour"]) == (b["kind"], b["colour"]):
+                return False
+    return True
+
+
+def draw_twins(rng: random.Random) -> tuple[list[dict], list[dict]]:
+    """Two scenes of the same shapes, but that two of them have exchanged colours or places."""
+    while True:
+        shapes = draw_shapes(rng)
+        other = [dict(shape) for shape in shapes]
+        a, b = rng.sample(other, 2)
+        for name in rng.choice((("colour",), ("x", "y"))):
+            a[name], b[name] = b[name], a[name]
+        if other != shapes and is_clear(other):
+            return shapes, other
 
 
 def noun(shape: dict, rng: random.Random, article: bool = True) -> str:
@@ -226,9 +237,10 @@ def make_split(folder: str, split: str, n: int, seed: int) -> None:
     os.makedirs(pictures, exist_ok=True)
     features = np.zeros((n, REGIONS, DIM), np.float16)
     boxes = np.zeros((n, REGIONS, 4), np.float32)
-    captions, shapes = [], []
+    captions, scenes = [], []
     for i in progress(range(n), f"drawing {split}"):
-        shapes = twin(shapes, rng) if i % 2 else draw_shapes(rng)
+        scenes = scenes or list(draw_twins(rng))
+        shapes = scenes.pop(0)
         backdrop = tuple(rng.randint(185, 250) for _ in range(3))
         picture = draw_scene(shapes, backdrop)
         picture.save(os.path.join(pictures, f"{split}_{i:05d}.png"))
@@ -259,6 +271,8 @@ def main(argv: list[str] | None = None) -> None:
     except ImportError:
         raise InputError("drawing the demo set needs Pillow: pip install pillow") from None
     folder = os.path.join(opt.out, "demo_precomp")
+    if min(opt.train, opt.dev, opt.test) < 1:
+        raise InputError("each split needs at least one scene")
     for split in SPLITS:
         make_split(folder, split, getattr(opt, split), opt.seed)
     print(
