@@ -184,8 +184,8 @@ def find_vocab(
 ) -> Vocabulary:
     """The vocabulary a checkpoint was trained with.
 
-    Looked for in the checkpoint itself, at `vocab_path` (a folder or a file), in the folder that its
-    options name, from here and from the project. A checkpoint belongs to its vocabulary: raises
+    Looked for in the checkpoint itself, at `vocab_path` (a folder or a file), in the folder that
+    its options name, from here and from the project. A checkpoint belongs to its vocabulary: raises
     InputError where one at `vocab_path` differs from the checkpoint's own, or has not as many words
     as the word embedding has rows.
     """

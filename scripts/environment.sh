@@ -1,14 +1,17 @@
 # Sourced by the other scripts: sets PYTHON to a Python with requirements.txt
-# (and the packages in $extras) installed. $PYTHON, if set, is used as it is; otherwise .venv is made in the project's folder.
+# (and the packages in $extras) installed. $PYTHON, if set, is used as it is; otherwise .venv is made
+# in the project's folder.
+project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ -z "${PYTHON:-}" ]; then
-  if ! [ -x .venv/bin/python ]; then
+  if ! [ -x "$project/.venv/bin/python" ]; then
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
       { echo "error: python3 must be Python 3.11 or newer" >&2; exit 1; }
-    echo "making a virtual environment in .venv"
-    python3 -m venv .venv ||
+    echo "making a virtual environment in $project/.venv"
+    python3 -m venv "$project/.venv" ||
       { echo "error: python3 -m venv failed; on Debian: apt install python3-venv" >&2; exit 1; }
   fi
-  PYTHON=$PWD/.venv/bin/python
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt ${extras:-} ||
+  PYTHON=$project/.venv/bin/python
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$project/requirements.txt" \
+    ${extras:-} ||
     { echo "error: pip could not install requirements.txt ${extras:-}" >&2; exit 1; }
 fi

@@ -1,30 +1,40 @@
 # Sourced by the ensemble scripts: the mean of two trained models' score matrices beside the paper's.
 # The script sets: name, title, data_name, paper (1K or f30k), paper_5k (COCO), pair (two row names).
+# With two checkpoints named instead, only ours is printed: the paper's row is of its own pair.
 set -euo pipefail
 if [ $# -ne 1 ] && [ $# -ne 3 ]; then
   echo "use: bash scripts/$name.sh DATA_PATH [CHECKPOINT CHECKPOINT]" >&2
   exit 2
 fi
-data_path=$(cd "$1" && pwd)
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-models=("${RUNS:-runs}/${pair[0]}/model_best.pth.tar" "${RUNS:-runs}/${pair[1]}/model_best.pth.tar")
-[ $# -eq 1 ] || models=("$2" "$3")
-for i in 0 1; do
-  [ -f "${models[$i]}" ] || {
-    echo "error: ${models[$i]}: no such checkpoint; train it with scripts/${pair[$i]}.sh" >&2
-    exit 1
-  }
-done
-source scripts/environment.sh
-vocab=(${VOCAB_PATH:+--vocab_path "$VOCAB_PATH"})
-score() {
+data_path=$1
+if [ $# -eq 3 ]; then
+  models=("$2" "$3")
+  title="ensemble of $2 and $3"
+  paper=
+  paper_5k=
+else
+  models=()
+  for row in "${pair[@]}"; do
+    model=${RUNS:-runs}/$row/model_best.pth.tar
+    [ -f "$model" ] || {
+      echo "error: $model: no such checkpoint; train it with scripts/$row.sh" >&2
+      exit 1
+    }
+    models+=("$model")
+  done
+fi
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$root/scripts/environment.sh"
+score() { # title, the paper's six recalls or nothing, flags
   echo "$1"
-  shift
-  "$PYTHON" evaluation.py "${models[@]}" --data_path "$data_path" ${vocab[@]+"${vocab[@]}"} "$@"
+  local paper=$2
+  shift 2
+  "$PYTHON" "$root/evaluation.py" "${models[@]}" --data_path "$data_path" "$@" \
+    ${VOCAB_PATH:+--vocab_path "$VOCAB_PATH"} ${paper:+--paper $paper}
 }
 if [ "$data_name" = coco_precomp ]; then
-  score "$title, 1K (mean of five folds)" --split testall --fold5 --paper $paper
-  score "$title, 5K" --split testall --paper $paper_5k
+  score "$title, 1K (mean of five folds)" "$paper" --split testall --fold5
+  score "$title, 5K" "$paper_5k" --split testall
 else
-  score "$title" --split test --paper $paper
+  score "$title" "$paper" --split test
 fi

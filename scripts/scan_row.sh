@@ -1,30 +1,30 @@
 # Sourced by the scripts of single rows: trains one model and prints the paper's recalls beside ours.
 # The row sets: name, title, data_name, paper (six recalls), flags (bash array). Use:
 #   bash scripts/ROW.sh DATA_PATH [more flags of train.py]
-# Checkpoints and logs go to runs/$name (or $RUNS/$name); vocabularies are read from $VOCAB_PATH.
+# Checkpoints and logs go to runs/$name (or $RUNS/$name) and the vocabulary is read from, or built in,
+# vocab (or $VOCAB_PATH), all seen from where the script is called.
 set -euo pipefail
 if [ $# -eq 0 ] || [ "${1#-}" != "$1" ]; then
   echo "use: bash scripts/$name.sh DATA_PATH [more flags of train.py]" >&2
   echo "DATA_PATH holds $data_name/" >&2
   exit 2
 fi
-data_path=$(cd "$1" && pwd)
+data_path=$1
 shift
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/environment.sh
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$root/scripts/environment.sh"
 vocab_path=${VOCAB_PATH:-vocab}
 run=${RUNS:-runs}/$name
 [ -f "$vocab_path/${data_name}_vocab.json" ] ||
-  "$PYTHON" vocab.py --data_path "$data_path" --data_name "$data_name" \
+  "$PYTHON" "$root/vocab.py" --data_path "$data_path" --data_name "$data_name" \
     --out "$vocab_path/${data_name}_vocab.json"
 echo "$title"
-"$PYTHON" train.py --data_path "$data_path" --data_name "$data_name" --vocab_path "$vocab_path" \
-  --model_name "$run" --logger_name "$run" --max_violation --bi_gru "${flags[@]}" \
-  "$@"
+"$PYTHON" "$root/train.py" --data_path "$data_path" --data_name "$data_name" --vocab_path "$vocab_path" \
+  --model_name "$run" --logger_name "$run" --max_violation --bi_gru "${flags[@]}" "$@"
 echo "$title"
 if [ "$data_name" = coco_precomp ]; then
   split=(--split testall --fold5)
 else
   split=(--split test)
 fi
-"$PYTHON" evaluation.py "$run/model_best.pth.tar" --data_path "$data_path" "${split[@]}" --paper $paper
+"$PYTHON" "$root/evaluation.py" "$run/model_best.pth.tar" --data_path "$data_path" "${split[@]}" --paper $paper

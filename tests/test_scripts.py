@@ -29,8 +29,7 @@ def home(tmp_path_factory):
 
 
 def bash(home, script, *args):
-    env = os.environ | {"PYTHON": sys.executable, "RUNS": str(home / "runs")}
-    env["VOCAB_PATH"] = str(home / "vocab")
+    env = os.environ | {"PYTHON": sys.executable}
     return subprocess.run(
         ["bash", ROOT / "scripts" / f"{script}.sh", *args],
         cwd=home,
@@ -51,7 +50,7 @@ def test_there_is_a_script_for_each_row():
 
 @pytest.mark.parametrize("row", ROWS)
 def test_rows(home, row):
-    done = bash(home, row, str(home / "data"), *TINY)
+    done = bash(home, row, "data", *TINY)
     assert done.returncode == 0, done.stdout + done.stderr
     paper, ours = table(done.stdout)
     assert len(paper) == len(ours) == 7
@@ -65,12 +64,22 @@ def test_rows(home, row):
 def test_ensembles(home, name):
     for row in (f"scan_{name}_t2i_avg", f"scan_{name}_i2t_lse"):
         if not (home / "runs" / row).exists():
-            assert bash(home, row, str(home / "data"), *TINY).returncode == 0
-    done = bash(home, f"scan_{name}_ensemble", str(home / "data"))
+            assert bash(home, row, "data", *TINY).returncode == 0
+    done = bash(home, f"scan_{name}_ensemble", "data")
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(table(done.stdout)) == (4 if name == "coco" else 2)
+    both = [f"runs/scan_{name}_{row}/model_best.pth.tar" for row in ("i2t_lse", "t2i_avg")]
+    named = bash(home, f"scan_{name}_ensemble", "data", *both)  # seen from the caller's folder
+    assert named.returncode == 0, named.stdout + named.stderr
+    assert f"ensemble of {both[0]} and {both[1]}" in named.stdout and not table(named.stdout)
+    assert (
+        named.stdout.splitlines()[-5:]
+        == [
+            line for line in done.stdout.splitlines() if not line.startswith((" ", "paper", "ours"))
+        ][-5:]
+    )
     shutil.rmtree(home / "runs" / f"scan_{name}_i2t_lse")
-    done = bash(home, f"scan_{name}_ensemble", str(home / "data"))
+    done = bash(home, f"scan_{name}_ensemble", "data")
     assert done.returncode == 1
     assert f"train it with scripts/scan_{name}_i2t_lse.sh" in done.stderr
 
