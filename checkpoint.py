@@ -29,8 +29,9 @@ PARTS = {"scan": ("img_enc", "txt_enc")}
 # What published files hold beside tensors. Nothing here runs code of the file's choosing.
 SAFE = [argparse.Namespace, np.dtype, np.float64, np.float32, np.int64]
 SAFE += [type(np.dtype(name)) for name in ("float64", "float32", "int64")]
+# numpy's rebuilder of scalars, under the names that numpy 1 and numpy 2 gave its module.
 SAFE += [
-    (np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")
+    (np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")
 ]
 
 

@@ -63,6 +63,20 @@ def test_numpy_numbers_are_admitted(published):
     assert ckpt.load(published(change))["best_rsum"] == 12.5
 
 
+@pytest.mark.parametrize("core", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
+def test_numpy_numbers_of_both_majors(tmp_path, published, core):
+    """A pickle names the module by the numpy that wrote it."""
+    path = published(
+        lambda state: state.update(best_rsum=np.float64(12.5)),
+        _use_new_zipfile_serialization=False,
+    )
+    data = open(path, "rb").read()
+    assert b"numpy._core.multiarray" in data
+    with open("other.pth.tar", "wb") as file:
+        file.write(data.replace(b"cnumpy._core.multiarray\n", b"c" + core + b"\n"))
+    assert ckpt.load("other.pth.tar")["best_rsum"] == 12.5
+
+
 def test_missing_options_come_from_weights_and_paper(published):
     def change(state):
         state["opt"] = argparse.Namespace(data_path="data", data_name="tiny_precomp")
@@ -89,8 +103,8 @@ def test_old_tensor_pickles(published, monkeypatch):
     """PyTorch 0.3 rebuilt tensors by `_rebuild_tensor`, with no stride of gradients."""
 
     def reduce(self, protocol):
-        storage = torch.storage._warn_typed_storage_removal and self._typed_storage()
-        return torch._utils._rebuild_tensor, (storage, 0, tuple(self.shape), self.stride())
+        arguments = self._typed_storage(), 0, tuple(self.shape), self.stride()
+        return torch._utils._rebuild_tensor, arguments
 
     want = evaluation.evalrank("run/model_best.pth.tar", split="test")
     with monkeypatch.context() as patch:
