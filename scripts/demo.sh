@@ -13,7 +13,7 @@ rm -rf "$run"
   --model_name "$run" --logger_name "$run" --workers 1 --log_step 50 --val_step 0 \
   --img_dim 256 --embed_size 256 --word_dim 128 --batch_size 128 \
   --cross_attn t2i --agg_func Mean --lambda_softmax 9 --bi_gru \
-  --max_violation --vse_mean_warmup_epochs 1 --num_epochs 12 --learning_rate 0.002 --lr_update 9 \
+  --max_violation --vse_mean_warmup_epochs 1 --num_epochs 8 --learning_rate 0.002 --lr_update 6 \
   "$@"
 
 echo
