@@ -50,7 +50,7 @@ RAW_FEATURE_NORM: dict[str, Callable[[Tensor, int, float], Tensor]] = {
 AGG_FUNC: dict[str, Callable[[Tensor, int, float], Tensor]] = {
     "LogSumExp": lambda x, dim, lambda_lse: torch.logsumexp(lambda_lse * x, dim) / lambda_lse,
     "Mean": lambda x, dim, lambda_lse: x.mean(dim),
-    "Max": lambda x, dim, lambda_lse: x.amax(dim),
+    "Max": lambda x, dim, lambda_lse: x.max(dim).values,
     "Sum": lambda x, dim, lambda_lse: x.sum(dim),
 }
 
