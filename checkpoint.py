@@ -8,6 +8,7 @@ an exact resume needs).
 import argparse
 import contextlib
 import glob
+import numbers
 import os
 import pickle
 import re
@@ -174,7 +175,7 @@ def check_contents(checkpoint: dict, path: str) -> None:
             "embed.weight" not in states[1] and len(states) == 2
         ):
             what = "weights named fc.weight and embed.weight in the first two state dicts"
-        elif not isinstance(checkpoint.get("epoch", -1), int):
+        elif not isinstance(checkpoint.get("epoch", -1), numbers.Integral):
             what = "'epoch' to be a number"
     if what:
         raise InputError(f"{path}: not a checkpoint of this family: expected {what}")

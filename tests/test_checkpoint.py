@@ -58,7 +58,7 @@ def test_both_serialisations(published, zipped):
 def test_numpy_numbers_are_admitted(published):
     def change(state):
         state["best_rsum"] = np.float64(12.5)
-        state["Eiters"] = np.int64(3)
+        state["Eiters"] = state["epoch"] = np.int64(3)
 
     assert ckpt.load(published(change))["best_rsum"] == 12.5
 
