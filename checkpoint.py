@@ -213,7 +213,7 @@ def find_vocab(
     if own is not None and vocab.word2idx != own.word2idx:
         raise InputError(
             f"{source}: not the vocabulary that {path} was trained with, the word ids differ; "
-            "without --vocab_path the checkpoint's own is used"
+            "give --vocab_path the folder of the vocabulary that the checkpoint came with"
         )
     return own or vocab
 
