@@ -5,6 +5,7 @@ Letters: I images, C captions, R regions, W words, D joint dimension, P pairs; i
 items of Q rows each and M key items of K rows each (t2i: words query regions; i2t: regions, words).
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -16,39 +17,67 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 EPS = 1e-8
 
 
-def l1norm(x: Tensor, dim: int, scale: float = 1.0) -> Tensor:
-    """scale * x / (sum |x| + 1e-8) along `dim`."""
-    return x * (scale / (x.abs().sum(dim, keepdim=True) + EPS))
+def _over_l1(x: Tensor, dim: int, scale: float = 1.0) -> Tensor:
+    """scale / (sum |x| + 1e-8) along `dim`, kept with size 1."""
+    return scale / (x.abs().sum(dim, keepdim=True) + EPS)
 
 
-def l2norm(x: Tensor, dim: int, scale: float = 1.0) -> Tensor:
-    """scale * x / (|x| + 1e-8) along `dim`; a zero vector stays zero and passes no gradient."""
+def _over_l2(x: Tensor, dim: int, scale: float = 1.0) -> Tensor:
+    """scale / (|x| + 1e-8) along `dim`, kept with size 1."""
     square = (x * x).sum(dim, keepdim=True)
+    if not x.requires_grad:
+        return scale / (square.sqrt_() + EPS)
     # The root's gradient at 0 is infinite, and the quotient's 1e8 times what comes in: clipping
     # would then spend the whole step on an empty region.
     empty = square == 0
-    return x * (scale / (square.masked_fill(empty, 1).sqrt() + EPS)).masked_fill(empty, 0)
+    return (scale / (square.masked_fill(empty, 1).sqrt() + EPS)).masked_fill(empty, 0)
 
 
-def _clip(x: Tensor) -> Tensor:
-    return F.leaky_relu(x, 0.1)
+def l1norm(x: Tensor, dim: int) -> Tensor:
+    """x / (sum |x| + 1e-8) along `dim`."""
+    return x * _over_l1(x, dim)
 
 
-# How the dots s of one query item and one key row are normalised over the item's Q rows, and then
-# multiplied by `scale` (lambda_softmax; on the small norm, to save a pass over the dots).
-RAW_FEATURE_NORM: dict[str, Callable[[Tensor, int, float], Tensor]] = {
-    "softmax": lambda s, dim, scale: scale * s.softmax(dim),
-    "l2norm": l2norm,
-    "l1norm": l1norm,
-    "clipped": lambda s, dim, scale: scale * _clip(s),
-    "clipped_l2norm": lambda s, dim, scale: l2norm(_clip(s), dim, scale),
-    "clipped_l1norm": lambda s, dim, scale: l1norm(_clip(s), dim, scale),
-    "no_norm": lambda s, dim, scale: scale * s,
+def l2norm(x: Tensor, dim: int) -> Tensor:
+    """x / (|x| + 1e-8) along `dim`; a zero vector stays zero and passes no gradient."""
+    return x * _over_l2(x, dim)
+
+
+class FeatureNorm(NamedTuple):
+    """How the dots s of one query item and one key row are normalised over the item's Q rows."""
+
+    before: Callable[[Tensor, int], Tensor]  # (s, dim of the queries) -> a new tensor like s
+    over: Callable[[Tensor, int, float], Tensor] | None  # its factor; none: lambda_softmax alone
+    bounded: bool  # no dots take the result beyond [-1, 1]
+
+
+def _clip(s: Tensor, dim: int) -> Tensor:
+    return F.leaky_relu(s, 0.1)
+
+
+def _copy(s: Tensor, dim: int) -> Tensor:
+    return s.clone()
+
+
+RAW_FEATURE_NORM = {
+    "softmax": FeatureNorm(torch.softmax, None, True),
+    "l2norm": FeatureNorm(_copy, _over_l2, True),
+    "l1norm": FeatureNorm(_copy, _over_l1, True),
+    "clipped": FeatureNorm(_clip, None, False),
+    "clipped_l2norm": FeatureNorm(_clip, _over_l2, True),
+    "clipped_l1norm": FeatureNorm(_clip, _over_l1, True),
+    "no_norm": FeatureNorm(_copy, None, False),
 }
+
+def _log_sum_exp(x: Tensor, dim: int, lambda_lse: float) -> Tensor:
+    if lambda_lse > 80:  # exp would overflow
+        return torch.logsumexp(lambda_lse * x, dim) / lambda_lse
+    return (lambda_lse * x).exp().sum(dim).log() / lambda_lse
+
 
 # How the cosines of the Q rows become one score (section 3.1; Max and Sum are in the code only).
 AGG_FUNC: dict[str, Callable[[Tensor, int, float], Tensor]] = {
-    "LogSumExp": lambda x, dim, lambda_lse: torch.logsumexp(lambda_lse * x, dim) / lambda_lse,
+    "LogSumExp": _log_sum_exp,
     "Mean": lambda x, dim, lambda_lse: x.mean(dim),
     "Max": lambda x, dim, lambda_lse: x.max(dim).values,
     "Sum": lambda x, dim, lambda_lse: x.sum(dim),
@@ -144,34 +173,80 @@ class CrossAttention(NamedTuple):
 
 
 def attend(s: Tensor, gram: Tensor, query_length: Tensor, how: CrossAttention) -> Tensor:
-    """Scores (M, N) from the dots s (M, K, Q, N) of key rows and query rows, without padding.
+    """Scores (N, M) of N captions of W words and M images, from the dots s of words and regions.
 
-    gram (M, K, K) holds the dots among each key item's rows; query_length, broadcast to (M, Q, N),
-    the norms of the query rows. The attended vector c = sum_k a_k k is never built:
-    q.c = sum_k a_k s_k, and |c|^2 = a' G a. Both directions of section 3.1 are this function, i-t
-    with regions as queries, t-i with words. The last axis is the long one, and nothing reduces over
-    it: every pass is vectorised.
+    t2i: s (N, W, M, R), gram (M, R, R) the dots among each image's regions;
+    i2t: s (N, W, R, M), gram (N, W, W) the dots among each caption's words.
+    query_length, broadcast to (N, Q, M), holds the norms of the query rows. Overwrites s where no
+    graph is kept.
+
+    The attended vector c = sum_k a_k k is never built: q.c = sum_k a_k s_k, and |c|^2 = a' G a. The
+    softmax's denominator cancels in the cosine, so a is left unnormalised. Both directions of
+    section 3.1 are this function, i-t with regions as queries, t-i with words; in both layouts what
+    is summed over has long rows beside it, and every pass is vectorised.
     """
-    m, k, q, n = s.shape
-    normalise = choose(RAW_FEATURE_NORM, how.raw_feature_norm, "raw_feature_norm")
+    query, key = (1, 3) if how.words_query else (2, 1)  # their dimensions in s
+    norm = choose(RAW_FEATURE_NORM, how.raw_feature_norm, "raw_feature_norm")
     aggregate = choose(AGG_FUNC, how.agg_func, "agg_func")
-    a = normalise(s, 2, how.lambda_softmax).softmax(1)  # (M, K, Q, N)
-    dot = (a * s).sum(1)  # (M, Q, N)
-    a = a.view(m, k, q * n)  # (M, K, Q N)
-    square = ((gram @ a) * a).sum(1).view(m, q, n)  # (M, Q, N)
+    # Without a graph each pass writes over its input: a second buffer would leave the cache.
+    exp, mul = (Tensor.exp, Tensor.mul) if s.requires_grad else (Tensor.exp_, Tensor.mul_)
+
+    a = norm.before(s, query)  # like s
+    scale = how.lambda_softmax
+    a = mul(a, norm.over(a, query, scale) if norm.over else scale)
+    floor = EPS
+    if norm.bounded and scale <= 20:
+        floor *= math.exp(-scale)  # the least that the denominator can be
+    else:  # exp would overflow
+        a = a - a.detach().amax(key, keepdim=True)
+    a = exp(a)  # like s
+    if how.words_query:
+        rows = a.flatten(0, 1).transpose(0, 1)  # (M, N W, R)
+        g = (rows @ gram).transpose(0, 1).view(s.shape)  # (N, W, M, R)
+    else:
+        g = (gram @ a.flatten(2)).view(s.shape)  # (N, W, R, M)
+    square = mul(g, a).sum(key)  # (N, Q, M)
+    dot = mul(s, a).sum(key)  # (N, Q, M)
+    length = square.clamp_min(floor**2).sqrt() * query_length  # (N, Q, M)
     # The Gram form loses its digits where the attended vector all but vanishes, and may come out
-    # below 0. By Cauchy and Schwarz |c|^2 >= (q.c / |q|)^2, so that no cosine leaves [-1, 1]; the
-    # clamps keep the gradients of quotient and root finite.
-    square = torch.maximum(square, (dot / query_length.clamp_min(EPS)) ** 2)  # (M, Q, N)
-    length = square.clamp_min(EPS**2).sqrt()  # (M, Q, N)
-    cosine = dot / (query_length * length).clamp_min(EPS)  # (M, Q, N)
-    return aggregate(cosine, 1, how.lambda_lse)  # (M, N)
+    # below 0: the floors keep the gradients finite, and no cosine leaves [-1, 1].
+    cosine = (dot / length.clamp_min(floor)).clamp(-1, 1)  # (N, Q, M)
+    return aggregate(cosine, 1, how.lambda_lse)  # (N, M)
 
 
 def length_groups(lengths: Tensor) -> Iterator[tuple[int, Tensor]]:
     """(length, positions of the captions of that length), shortest first."""
     for length in lengths.unique().tolist():
         yield length, (lengths == length).nonzero().squeeze(1)
+
+
+def packed_words(
+    captions: Tensor, cap_lens: Tensor, how: CrossAttention, size: int
+) -> tuple[list[tuple[Tensor, list]], Tensor]:
+    """Chunks of about `size` words without padding, and the order (C,) of their captions.
+
+    A chunk is (words (T, D), groups): one after the other, n captions of W words and what attend
+    needs of them, (n, W, their norms (n, W, 1) or dots (n, W, W)).
+    """
+    lengths, order = cap_lens.sort(stable=True)
+    at = torch.arange(captions.size(1))
+    rows = (order[:, None] * captions.size(1) + at)[at < lengths[:, None]]
+    words = captions.flatten(0, 1).index_select(0, rows.to(captions.device))  # (all T, D)
+    norms = words.norm(dim=1) if how.words_query else None  # (all T,)
+    number = (lengths.cumsum(0) - 1) // size  # (C,) the chunk of each caption
+    runs, counts = torch.stack((number, lengths)).unique_consecutive(dim=1, return_counts=True)
+    groups, start = {}, 0
+    for chunk, w, n in zip(*runs.tolist(), counts.tolist(), strict=True):
+        some = slice(start, start + n * w)
+        start += n * w
+        if how.words_query:
+            need = norms[some].view(n, w, 1)
+        else:
+            part = words[some].view(n, w, -1)  # (n, W, D)
+            need = part @ part.mT  # (n, W, W)
+        groups.setdefault(chunk, []).append((n, w, need))
+    sizes = [sum(n * w for n, w, _ in group) for group in groups.values()]
+    return list(zip(words.split(sizes), groups.values(), strict=True)), order
 
 
 def score_all(
@@ -183,38 +258,52 @@ def score_all(
 ) -> Tensor:
     """Scores (I, C) of all images (I, R, D) and captions (C, W, D); see xattn_score_t2i."""
     if block is None:
-        # Dots in one block: what stays in the cache of two cores, or fills a GPU.
-        block = 2**19 if images.device.type == "cpu" else 2**27
-    regions_of, columns, order = images.size(1), [], []
-    for length, where in length_groups(cap_lens):
-        for some in where.split(max(1, int(block**0.5) // length)):
-            words = captions[some.to(captions.device), :length]  # (c, W, D)
-            rows = []
-            for regions in images.split(max(1, block // (len(some) * length * regions_of))):
-                keys, queries = (regions, words) if how.words_query else (words, regions)
-                queries = queries.transpose(0, 1)  # (Q, N, D)
-                s = keys.flatten(0, 1) @ queries.flatten(0, 1).mT  # (M K, Q N)
-                s = s.view(*keys.shape[:2], *queries.shape[:2])  # (M, K, Q, N)
-                score = attend(s, keys @ keys.mT, queries.norm(dim=2), how)  # (M, N)
-                rows.append(score if how.words_query else score.mT)  # (i, c)
-            columns.append(torch.cat(rows))  # (I, c)
-            order.append(some)
-    back = torch.cat(order).argsort().to(images.device)
-    return torch.cat(columns, 1)[:, back]  # (I, C)
+        # Dots in one block: small enough for the cache of a CPU, large enough to fill a GPU.
+        block = 2**22 if images.device.type == "cpu" else 2**27
+    regions_of = images.size(1)
+    images_of = max(1, min(len(images), 64, block // regions_of))
+    chunks, order = packed_words(captions, cap_lens, how, max(1, block // (images_of * regions_of)))
+    scores = []
+    for regions in images.split(images_of):
+        if how.words_query:
+            gram = regions @ regions.mT  # (i, R, R)
+        else:
+            length = regions.norm(dim=2).mT  # (R, i)
+            regions = regions.transpose(0, 1)  # (R, i, D)
+        columns = regions.flatten(0, 1).mT  # (D, i R) or (D, R i)
+        parts = []
+        for words, groups in chunks:
+            s = words @ columns  # (T, i R) or (T, R i)
+            sizes = [n * w for n, w, _ in groups]
+            for (n, w, need), part in zip(groups, s.split(sizes), strict=True):
+                part = part.view(n, w, *regions.shape[:2])  # (n, W, i, R) or (n, W, R, i)
+                pair = (gram, need) if how.words_query else (need, length)
+                parts.append(attend(part, *pair, how))  # (n, i)
+        scores.append(torch.cat(parts))  # (C, i)
+    back = order.argsort().to(images.device)
+    return torch.cat(scores, 1)[back].mT  # (I, C)
 
 
 def score_pairs(
     images: Tensor, captions: Tensor, cap_lens: Tensor, how: CrossAttention, pairs: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Scores (P,) of some pairs, grouped by caption length, and the pairs (P, 2) in that order."""
+    gram = images @ images.mT if how.words_query else None  # (I, R, R)
     scores, order = [], []
-    for length, where in length_groups(cap_lens[pairs[:, 1].cpu()]):
+    for _, where in length_groups(cap_lens[pairs[:, 1].cpu()]):
         some = pairs[where.to(pairs.device)]  # (p, 2)
-        regions, words = images[some[:, 0]], captions[some[:, 1], :length]  # (p, R, D), (p, W, D)
-        keys, queries = (regions, words) if how.words_query else (words, regions)
-        s = (keys @ queries.mT)[..., None]  # (p, K, Q, 1)
-        score = attend(s, keys @ keys.mT, queries.norm(dim=2)[..., None], how)  # (p, 1)
-        scores.append(score.squeeze(1))
+        length = cap_lens[some[0, 1]]
+        image, caption = some.unbind(1)
+        regions = images.index_select(0, image)  # (p, R, D)
+        words = captions.index_select(0, caption)[:, :length]  # (p, W, D)
+        s = words @ regions.mT  # (p, W, R)
+        if how.words_query:
+            norms = words.norm(dim=2).mT[None]  # (1, W, p)
+            score = attend(s.transpose(0, 1)[None], gram.index_select(0, image), norms, how)
+        else:
+            norms = regions.norm(dim=2)[..., None]  # (p, R, 1)
+            score = attend(s[..., None], words @ words.mT, norms, how)
+        scores.append(score.flatten())  # (p,)
         order.append(some)
     return torch.cat(scores), torch.cat(order)
 
