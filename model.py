@@ -7,6 +7,7 @@ items of Q rows each and M key items of K rows each (t2i: words query regions; i
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -68,6 +69,7 @@ RAW_FEATURE_NORM = {
     "clipped_l1norm": FeatureNorm(_clip, _over_l1, True),
     "no_norm": FeatureNorm(_copy, None, False),
 }
+
 
 def _log_sum_exp(x: Tensor, dim: int, lambda_lse: float) -> Tensor:
     if lambda_lse > 80:  # exp would overflow
@@ -214,6 +216,11 @@ def attend(s: Tensor, gram: Tensor, query_length: Tensor, how: CrossAttention) -
     return aggregate(cosine, 1, how.lambda_lse)  # (N, M)
 
 
+def block_size(device: torch.device) -> int:
+    """Numbers in one block of work: few enough for a CPU's cache, enough to fill a GPU."""
+    return 2**22 if device.type == "cpu" else 2**27
+
+
 def length_groups(lengths: Tensor) -> Iterator[tuple[int, Tensor]]:
     """(length, positions of the captions of that length), shortest first."""
     for length in lengths.unique().tolist():
@@ -250,105 +257,147 @@ def packed_words(
 
 
 def score_all(
-    images: Tensor,
-    captions: Tensor,
+    images: tuple[Tensor, ...],
+    captions: tuple[Tensor],
     cap_lens: Tensor,
     how: CrossAttention,
     block: int | None = None,
 ) -> Tensor:
-    """Scores (I, C) of all images (I, R, D) and captions (C, W, D); see xattn_score_t2i."""
+    """Scores (I, C) of all images and captions, no graph kept; see xattn_score for the tuples."""
+    regions, *gram = images
     if block is None:
-        # Dots in one block: small enough for the cache of a CPU, large enough to fill a GPU.
-        block = 2**22 if images.device.type == "cpu" else 2**27
-    regions_of = images.size(1)
-    images_of = max(1, min(len(images), 64, block // regions_of))
-    chunks, order = packed_words(captions, cap_lens, how, max(1, block // (images_of * regions_of)))
+        block = block_size(regions.device)
+    regions_of = regions.size(1)
+    images_of = max(1, min(len(regions), 64, block // regions_of))
+    size = max(1, block // (images_of * regions_of))
+    chunks, order = packed_words(*captions, cap_lens, how, size)
     scores = []
-    for regions in images.split(images_of):
+    for some in torch.arange(len(regions)).split(images_of):
+        some = slice(int(some[0]), int(some[-1]) + 1)
+        part = regions[some]  # (i, R, D)
         if how.words_query:
-            gram = regions @ regions.mT  # (i, R, R)
+            need = gram[0][some]  # (i, R, R)
         else:
-            length = regions.norm(dim=2).mT  # (R, i)
-            regions = regions.transpose(0, 1)  # (R, i, D)
-        columns = regions.flatten(0, 1).mT  # (D, i R) or (D, R i)
+            need = part.norm(dim=2).mT  # (R, i)
+            part = part.transpose(0, 1)  # (R, i, D)
+        columns = part.flatten(0, 1).mT  # (D, i R) or (D, R i)
         parts = []
         for words, groups in chunks:
             s = words @ columns  # (T, i R) or (T, R i)
             sizes = [n * w for n, w, _ in groups]
-            for (n, w, need), part in zip(groups, s.split(sizes), strict=True):
-                part = part.view(n, w, *regions.shape[:2])  # (n, W, i, R) or (n, W, R, i)
-                pair = (gram, need) if how.words_query else (need, length)
-                parts.append(attend(part, *pair, how))  # (n, i)
+            for (n, w, of_words), dots in zip(groups, s.split(sizes), strict=True):
+                dots = dots.view(n, w, *part.shape[:2])  # (n, W, i, R) or (n, W, R, i)
+                pair = (need, of_words) if how.words_query else (of_words, need)
+                parts.append(attend(dots, *pair, how))  # (n, i)
         scores.append(torch.cat(parts))  # (C, i)
-    back = order.argsort().to(images.device)
+    back = order.argsort().to(regions.device)
     return torch.cat(scores, 1)[back].mT  # (I, C)
 
 
-def score_pairs(
-    images: Tensor, captions: Tensor, cap_lens: Tensor, how: CrossAttention, pairs: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Scores (P,) of some pairs, grouped by caption length, and the pairs (P, 2) in that order."""
-    gram = images @ images.mT if how.words_query else None  # (I, R, R)
-    scores, order = [], []
-    for _, where in length_groups(cap_lens[pairs[:, 1].cpu()]):
-        some = pairs[where.to(pairs.device)]  # (p, 2)
-        length = cap_lens[some[0, 1]]
-        image, caption = some.unbind(1)
-        regions = images.index_select(0, image)  # (p, R, D)
-        words = captions.index_select(0, caption)[:, :length]  # (p, W, D)
+def score_some(
+    images: tuple[Tensor, ...], captions: tuple[Tensor], paired: bool, how: CrossAttention
+) -> Tensor:
+    """Scores, with a graph, of captions (n, W, D) of one length and some images.
+
+    (n, i) of all pairs, or with `paired`, where images and captions are as many, (p,) of each image
+    with the caption of its row.
+    """
+    (regions, *gram), (words,) = images, captions
+    if paired:
         s = words @ regions.mT  # (p, W, R)
-        if how.words_query:
-            norms = words.norm(dim=2).mT[None]  # (1, W, p)
-            score = attend(s.transpose(0, 1)[None], gram.index_select(0, image), norms, how)
-        else:
-            norms = regions.norm(dim=2)[..., None]  # (p, R, 1)
-            score = attend(s[..., None], words @ words.mT, norms, how)
-        scores.append(score.flatten())  # (p,)
-        order.append(some)
-    return torch.cat(scores), torch.cat(order)
+        s = s.transpose(0, 1)[None] if how.words_query else s[..., None]
+    else:
+        s = words.flatten(0, 1) @ regions.flatten(0, 1).mT  # (n W, i R)
+        s = s.view(*words.shape[:2], *regions.shape[:2])  # (n, W, i, R)
+        s = s if how.words_query else s.transpose(2, 3)
+    # s is (n, W, i, R) or (n, W, R, i); paired (1, W, p, R) or (p, W, R, 1).
+    if how.words_query:
+        norms = words.norm(dim=2)  # (n, W)
+        scores = attend(s, *gram, norms.mT[None] if paired else norms[..., None], how)
+    else:
+        norms = regions.norm(dim=2)  # (i, R)
+        scores = attend(s, words @ words.mT, norms[..., None] if paired else norms.mT, how)
+    return scores.flatten() if paired else scores  # (p,) or (n, i)
 
 
 class SparseScore(torch.autograd.Function):
-    """score_all whose backward visits only the pairs that carry a gradient.
+    """A score whose backward visits only the pairs that carry a gradient, a few at a time.
 
     The forward keeps no graph. With hardest negatives at most 3 B of the B^2 scores have a
     gradient: those pairs are scored again with a graph, and it runs through them only. Where more
     than a quarter of the pairs have one (the summed hinge early in training), all are scored again,
-    a few captions at a time. The gradient is that of score_all, in less time and memory.
+    block by block. The gradient is that of the plain score, in a fraction of time and memory.
+
+    SparseScore.apply(every, some, cap_lens, n_images, n_captions, *tensors) gives (I, C). The
+    tensors are n_images tensors of I rows, n_captions tensors (C, W, ...), and the weights that the
+    score itself has, if any. `every(images, captions, cap_lens)` scores all pairs; `some(images,
+    captions, paired)` scores captions of one length as score_some does.
     """
 
     @staticmethod
-    def forward(ctx, images, captions, cap_lens, how):
-        ctx.save_for_backward(images, captions)
-        ctx.cap_lens, ctx.how = cap_lens, how
-        return score_all(images, captions, cap_lens, how)
+    def forward(ctx, every, some, cap_lens, n_images, n_captions, *tensors):
+        ctx.save_for_backward(*tensors)
+        ctx.some, ctx.cap_lens, ctx.counts = some, cap_lens, (n_images, n_images + n_captions)
+        return every(tensors[:n_images], tensors[n_images : n_images + n_captions], cap_lens)
 
     @staticmethod
     def backward(ctx, grad):
-        leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-        lens, how = ctx.cap_lens, ctx.how
+        first, last = ctx.counts
+        tensors = ctx.saved_tensors
+        weights = [w for w in tensors[last:] if w.requires_grad]
+        totals = [torch.zeros_like(x) for x in tensors]
+        # Sizes of the parts: what they gather, or their dots, should stay in the cache too.
+        block = block_size(grad.device) // 2
+
+        def add(image, caption, length: int, part: Tensor, paired: bool) -> None:
+            """Add the gradients through the scores of some captions and images (or a slice)."""
+            leaves = [x[image] for x in tensors[:first]]
+            leaves += [x[caption, :length] for x in tensors[first:last]]
+            leaves = [x.detach().requires_grad_() for x in leaves]
+            with torch.enable_grad():
+                scores = ctx.some(tuple(leaves[:first]), tuple(leaves[first:]), paired)
+            grads = torch.autograd.grad(scores, leaves + weights, part, allow_unused=True)
+            for k, g in enumerate(grads[: len(leaves)]):
+                if g is None:
+                    continue
+                if k >= first:
+                    totals[k][:, :length].index_add_(0, caption, g)
+                elif paired:
+                    totals[k].index_add_(0, image, g)
+                else:
+                    totals[k][image] += g
+            of_weights = iter(grads[len(leaves) :])
+            for total, w in zip(totals[last:], tensors[last:], strict=True):
+                g = next(of_weights) if w.requires_grad else None
+                if g is not None:
+                    total += g
+
         pairs = grad.nonzero()  # (P, 2)
-        if not len(pairs):
-            return *map(torch.zeros_like, leaves), None, None
-        with torch.enable_grad():
-            if 4 * len(pairs) < grad.numel():
-                scores, pairs = score_pairs(*leaves, lens, how, pairs)
-                scores.backward(grad[pairs[:, 0], pairs[:, 1]])
-            else:
-                # Sorted by length, so that the captions of a part fall into few groups.
-                for some in lens.argsort().split(16):
-                    some_grad = grad[:, some.to(grad.device)]
-                    captions = leaves[1][some.to(grad.device)]
-                    score_all(leaves[0], captions, lens[some], how, block=2**31).backward(some_grad)
-        return leaves[0].grad, leaves[1].grad, None, None
+        if 4 * len(pairs) < grad.numel():
+            size = max(1, block // tensors[0][0].numel())
+            for length, where in length_groups(ctx.cap_lens[pairs[:, 1].cpu()]):
+                for one in where.split(size):
+                    image, caption = pairs[one.to(grad.device)].unbind(1)  # (p,)
+                    add(image, caption, length, grad[image, caption], True)
+        else:
+            for length, where in length_groups(ctx.cap_lens):
+                for caption in where.to(grad.device).split(16):
+                    size = max(1, block // (len(caption) * length * tensors[0].size(1)))
+                    for start in range(0, len(grad), size):
+                        image = slice(start, start + size)
+                        add(image, caption, length, grad[image, caption].mT, False)
+        return None, None, None, None, None, *totals
 
 
 def xattn_score(images: Tensor, captions: Tensor, cap_lens: Tensor, how: CrossAttention) -> Tensor:
     """Scores (I, C) of all pairs, with the sparse backward where a gradient is wanted."""
     cap_lens = torch.as_tensor(cap_lens).cpu()
-    if torch.is_grad_enabled() and (images.requires_grad or captions.requires_grad):
-        return SparseScore.apply(images, captions, cap_lens, how)
-    return score_all(images, captions, cap_lens, how)
+    # What the score reads of the images: regions, and for t2i the dots among them, once a step.
+    images = (images, images @ images.mT) if how.words_query else (images,)
+    if torch.is_grad_enabled() and (images[0].requires_grad or captions.requires_grad):
+        every, some = partial(score_all, how=how), partial(score_some, how=how)
+        return SparseScore.apply(every, some, cap_lens, len(images), 1, *images, captions)
+    return score_all(images, (captions,), cap_lens, how)
 
 
 def xattn_score_t2i(

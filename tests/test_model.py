@@ -12,12 +12,10 @@ from model import (
     RAW_FEATURE_NORM,
     SCAN,
     ContrastiveLoss,
-    CrossAttention,
     EncoderImage,
     EncoderText,
     l1norm,
     l2norm,
-    score_all,
     xattn_score_i2t,
     xattn_score_t2i,
 )
@@ -67,26 +65,80 @@ def test_gradient_equals_plain_loop(direction, norm, agg, max_violation):
 
 
 @pytest.mark.parametrize("direction", SCORE)
-def test_sparse_backward_visits_few_pairs(direction, monkeypatch):
-    """With hardest negatives the graph is built for at most 3 B pairs."""
+@pytest.mark.parametrize("max_violation", [True, False])
+def test_sparse_backward_visits_few_pairs(direction, max_violation, monkeypatch):
+    """With hardest negatives the graph is built for at most 3 B pairs, else for all, in blocks."""
     images, captions, lengths = make(16, 16)
     images.requires_grad_()
     seen = []
-    pairs = model.score_pairs
-    monkeypatch.setattr(
-        model, "score_pairs", lambda *a: seen.append(len(a[-1])) or pairs(*a), raising=True
-    )
-    ContrastiveLoss(0.2, True)(SCORE[direction](images, captions, lengths)).backward()
-    assert seen and 0 < seen[0] <= 3 * 16
+    some = model.score_some
+
+    def counted(*args, how):
+        scores = some(*args, how=how)
+        seen.append(scores.numel())
+        return scores
+
+    monkeypatch.setattr(model, "score_some", counted)
+    monkeypatch.setattr(model, "block_size", lambda device: 500)
+    scores = SCORE[direction](images, captions, lengths)
+    ContrastiveLoss(5.0, max_violation)(scores).backward()
+    assert len(seen) > 4
+    assert 0 < sum(seen) <= 3 * 16 if max_violation else sum(seen) == 16 * 16
 
 
 @pytest.mark.parametrize("direction", SCORE)
+@pytest.mark.parametrize("max_violation", [True, False])
 @pytest.mark.parametrize("block", [1, 40, 300, 10**9])
-def test_block_size_does_not_matter(direction, block):
-    images, captions, lengths = make(4, 7)
-    how = CrossAttention(direction == "t2i")
-    want = score_all(images, captions, lengths, how)
-    torch.testing.assert_close(score_all(images, captions, lengths, how, block), want)
+def test_block_size_does_not_matter(direction, max_violation, block, monkeypatch):
+    images, captions, lengths = make(7, 7)
+    results = []
+    for size in (2**22, block):
+        monkeypatch.setattr(model, "block_size", lambda device, size=size: size)
+        leaves = [x.clone().requires_grad_() for x in (images, captions)]
+        scores = SCORE[direction](*leaves, lengths)
+        ContrastiveLoss(0.2, max_violation)(scores).backward()
+        results.append([scores, *(leaf.grad for leaf in leaves)])
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_sparse_backward_serves_a_score_with_weights():
+    """Any score: here with a weight of its own, a tensor without a gradient, and two an image."""
+
+    def some(images, captions, paired):
+        (a, b), (words, bias) = images, captions
+        rows = (words.sum(1) @ weight + bias.sum(1)[:, None]).tanh()  # (n, D)
+        scores = (rows[:, None] * (a * b)[None]).sum(2)  # (n, i)
+        return scores.diagonal() if paired else scores
+
+    def every(images, captions, lengths):
+        parts = []
+        for words, bias, length in zip(*captions, lengths, strict=True):
+            parts.append(some(images, (words[None, :length], bias[None, :length]), False))
+        return torch.cat(parts).mT
+
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(6, 3, generator=g, dtype=torch.float64) for _ in range(2))
+    words = torch.randn(6, 4, 3, generator=g, dtype=torch.float64)
+    bias = torch.randn(6, 4, generator=g, dtype=torch.float64)
+    weight = torch.randn(3, 3, generator=g, dtype=torch.float64)
+    lengths = torch.tensor([4, 2, 2, 3, 4, 1])
+    for max_violation in (True, False):
+        results = []
+        for sparse in (True, False):
+            leaves = [x.detach().clone().requires_grad_() for x in (a, b, words, weight)]
+            weight = leaves[3]
+            images, captions = tuple(leaves[:2]), (leaves[2], bias)
+            if sparse:
+                scores = model.SparseScore.apply(
+                    every, some, lengths, 2, 2, *images, *captions, weight
+                )
+            else:
+                scores = every(images, captions, lengths)
+            ContrastiveLoss(0.5, max_violation)(scores).backward()
+            results.append([scores.detach(), *(leaf.grad for leaf in leaves)])
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("direction", SCORE)
