@@ -169,18 +169,24 @@ def collate_fn(items: list[dict]) -> dict[str, Tensor]:
 class EpochSampler(Sampler[list[int]]):
     """Batches of a seeded shuffle that depends on (seed, epoch) only, from batch `first` on.
 
-    Order that follows from the epoch is what makes a resumed run equal an unbroken one.
+    Order that follows from the epoch is what makes a resumed run equal an unbroken one. Of several
+    processes each takes its share of every batch.
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int):
+    def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, world: int = 1):
         self.n, self.batch_size, self.seed = n, batch_size, seed
+        self.rank, self.world = rank, world
         self.epoch = self.first = 0
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         order = torch.randperm(self.n, generator=generator)
         for batch in order.split(self.batch_size)[self.first :]:
-            yield batch.tolist()
+            yield (batch[self.rank :: self.world] if self.shared(len(batch)) else batch).tolist()
+
+    def shared(self, size: int) -> bool:
+        """Whether a batch is split; one with less than a pair a process is taken whole by each."""
+        return size >= self.world
 
     def __len__(self) -> int:
         return -(-self.n // self.batch_size) - self.first
@@ -207,12 +213,21 @@ def leave_signals_to_the_loop(worker: int) -> None:
 
 
 def get_train_loader(
-    dataset: Dataset, batch_size: int, workers: int, seed: int, pin_memory: bool = False
+    dataset: Dataset,
+    batch_size: int,
+    workers: int,
+    seed: int,
+    pin_memory: bool = False,
+    rank: int = 0,
+    world: int = 1,
 ) -> DataLoader:
-    """Shuffled batches; set `loader.batch_sampler.epoch` (and `.first`) before each epoch."""
+    """Shuffled batches; set `loader.batch_sampler.epoch` (and `.first`) before each epoch.
+
+    Process `rank` of `world` gets its share of each batch.
+    """
     return DataLoader(
         dataset,
-        batch_sampler=EpochSampler(len(dataset), batch_size, seed),
+        batch_sampler=EpochSampler(len(dataset), batch_size, seed, rank, world),
         collate_fn=collate_fn,
         # More processes than cores only slow each other down; the published default is 10.
         num_workers=min(workers, os.cpu_count() or 1),

@@ -2,6 +2,7 @@
 
     python evaluation.py runs/x/model_best.pth.tar --data_path data --split test [--fold5]
     python evaluation.py A.pth.tar B.pth.tar ...        # ensemble: the mean of their score matrices
+    torchrun --nproc_per_node=2 evaluation.py ...       # shared among processes
 
     import evaluation
     evaluation.evalrank("runs/x/model_best.pth.tar", data_path="data", split="test")
@@ -23,6 +24,7 @@ import checkpoint as ckpt
 from data import PrecompDataset, collate_fn
 from model import length_groups
 from util.cli import InputError, progress, run
+from util.distributed import add_up, joined, rank, world
 
 METRICS = ("r1", "r5", "r10", "medr", "meanr")
 FOLDS = 5
@@ -54,24 +56,33 @@ def encode_data(
 ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     """Encode each image and each caption of a dataset once, on the model's device.
 
-    Returns the images, a dict of tensors with N rows, and the captions, a list of such dicts, one a
-    batch of captions of one length (so no padding), each with the captions' positions as 'index'.
+    Returns the images, a dict of tensors with N rows, and the captions, a list of such dicts, one
+    for each length (so no padding), each with the captions' positions as 'index'. Of several
+    processes each encodes all images, which is little work, and its share of the captions.
     """
     model.eval()
     device = next(model.parameters()).device
-    encoded = []
-    for some in progress(torch.arange(dataset.n_images).split(batch_size), "encoding images"):
-        batch = collate_fn([dataset.image_item(image) for image in some.tolist()])
-        encoded.append(model.encode_images(to_device(batch, device)))
-    images = {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]}
 
-    captions = []
+    def encode(encoder, item, parts: list[Tensor]) -> dict[str, Tensor]:
+        encoded = []
+        for some in parts:
+            batch = collate_fn([item(number) for number in some.tolist()])
+            encoded.append(encoder(to_device(batch, device)))
+        return {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]}
+
+    parts = progress(torch.arange(dataset.n_images).split(batch_size), "encoding images")
+    images = encode(model.encode_images, dataset.image_item, parts)
+
+    captions, dealt = [], 0
     groups = list(length_groups(dataset.lengths[: dataset.n_captions]))
     for _, where in progress(groups, "encoding captions"):
-        for some in where.split(batch_size):
-            batch = collate_fn([dataset.caption_item(caption) for caption in some.tolist()])
-            encoding = model.encode_captions(to_device(batch, device))
-            captions.append(encoding | {"index": some})
+        parts = where.split(batch_size)
+        # The batches are dealt out in turn, so that each process gets captions of all lengths.
+        mine = parts[(rank() - dealt) % world() :: world()]
+        dealt += len(parts)
+        if mine:
+            encoding = encode(model.encode_captions, dataset.caption_item, mine)
+            captions.append(encoding | {"index": torch.cat(mine)})
     return images, captions
 
 
@@ -81,13 +92,15 @@ def score_matrix(
     images: dict[str, Tensor],
     captions: list[dict[str, Tensor]],
     folds: int = 1,
+    n_captions: int | None = None,
 ) -> np.ndarray:
     """Scores (N, M), float32, of all encoded images and captions.
 
-    With `folds` > 1 only the pairs inside each of that many equal parts are scored, the rest are 0.
+    With `folds` > 1 only the pairs inside each of that many equal parts are scored, the rest are 0;
+    so are those of captions that another process holds, where `n_captions` M counts them too.
     """
     n_images = len(next(iter(images.values())))
-    n_captions = sum(len(group["index"]) for group in captions)
+    n_captions = n_captions or sum(len(group["index"]) for group in captions)
     scores = np.zeros((n_images, n_captions), dtype=np.float32)
     for fold in range(folds):
         rows, columns = fold_slices(n_images, n_captions, fold, folds)
@@ -231,7 +244,8 @@ def model_scores(
     images, captions = encode_data(model, dataset, batch_size or opt.batch_size)
     print(f"Images: {dataset.n_images}, Captions: {dataset.n_captions}")
     start = time.time()
-    scores = score_matrix(model, images, captions, folds)
+    scores = score_matrix(model, images, captions, folds, dataset.n_captions)
+    add_up(torch.from_numpy(scores))
     print(f"calculate similarity time: {time.time() - start:.1f}")
     return scores
 
@@ -280,7 +294,7 @@ def evalrank(
             )
         scores = part if scores is None else scores + part
     scores /= len(paths)
-    if save_path:
+    if save_path and rank() == 0:
         with open(save_path, "wb") as file:  # np.save would append .npy to another name
             np.save(file, scores)
     if not fold5:
@@ -332,9 +346,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     opt = vars(parser.parse_args(argv))
     paper = opt.pop("paper")
-    metrics = evalrank(opt.pop("checkpoint"), **opt)
-    if paper:
-        print_beside_paper(metrics, paper)
+    with joined(pick_device(opt.pop("device"))) as device:
+        metrics = evalrank(opt.pop("checkpoint"), device=device, **opt)
+        if paper:
+            print_beside_paper(metrics, paper)
 
 
 if __name__ == "__main__":

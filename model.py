@@ -216,6 +216,12 @@ def attend(s: Tensor, gram: Tensor, query_length: Tensor, how: CrossAttention) -
     return aggregate(cosine, 1, how.lambda_lse)  # (N, M)
 
 
+def compile_scores() -> None:
+    """Let torch.compile fuse the passes of attend, for the rest of this process (--compile)."""
+    global attend
+    attend = torch.compile(attend, dynamic=True)
+
+
 def block_size(device: torch.device) -> int:
     """Numbers in one block of work: few enough for a CPU's cache, enough to fill a GPU."""
     return 2**22 if device.type == "cpu" else 2**27
@@ -493,6 +499,10 @@ class SCAN(nn.Module):
         self.how = CrossAttention(
             words_query, raw_feature_norm, agg_func, lambda_softmax, lambda_lse
         )
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Both encodings of a batch of pairs: the call that DistributedDataParallel wraps."""
+        return self.encode_images(batch), self.encode_captions(batch)
 
     def encode_images(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch['images'] (I, R, F) -> {'regions': (I, R, D)}."""

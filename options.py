@@ -64,7 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     training = parser.add_argument_group("training")
     training.add_argument("--num_epochs", default=30, type=COUNT, help="epochs in all")
-    training.add_argument("--batch_size", default=128, type=COUNT, help="pairs a step")
+    training.add_argument(
+        "--batch_size", default=128, type=COUNT, help="pairs a step, over all processes"
+    )
     training.add_argument("--learning_rate", default=0.0002, type=NOT_NEGATIVE, help="of Adam")
     training.add_argument(
         "--lr_update", default=15, type=COUNT, help="epochs after which the rate falls ten times"
@@ -93,6 +95,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     training.add_argument(
         "--amp", action="store_true", help="bfloat16 encoders; scores and loss stay float32"
+    )
+    training.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile the attention between its matrix products; for GPUs, no gain on a CPU",
     )
 
     model = parser.add_argument_group("encoders")

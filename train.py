@@ -5,6 +5,7 @@
 
 Writes checkpoint_{epoch}.pth.tar and model_best.pth.tar to --model_name; TensorBoard events and one
 JSON line an epoch (log.jsonl) to --logger_name. Ctrl-C or SIGTERM saves interrupted.pth.tar first.
+`torchrun --nproc_per_node=N train.py ...` splits each batch over N GPUs or processes.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import time
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
@@ -32,7 +34,8 @@ from evaluation import (
     score_matrix,
     to_device,
 )
-from model import ContrastiveLoss
+from model import ContrastiveLoss, compile_scores
+from util import distributed
 from util.cli import InputError, progress, run, say
 from vocab import Vocabulary, deserialize_vocab
 
@@ -44,10 +47,11 @@ class Stop(BaseException):
 
 
 class StopSignal:
-    """Turns SIGINT and SIGTERM into a Stop at the next `check`, or at once inside `with`.
+    """Turns SIGINT and SIGTERM into a Stop at the next `check`; a `with` block is left at once.
 
-    An optimizer step must not be torn; a validation, which changes nothing, may be left anywhere. A
-    second signal falls through to Python's own handling.
+    An optimizer step must not be torn; a validation, which changes nothing, may be left anywhere,
+    for the check that follows it. Of several processes all stop at the same check. A second signal
+    falls through to Python's own handling, but not under torchrun, which passes on Ctrl-C again.
     """
 
     def __init__(self):
@@ -59,7 +63,11 @@ class StopSignal:
         }
 
     def _handle(self, number, frame):
-        signal.signal(number, signal.default_int_handler)
+        if distributed.world() > 1:
+            for either in self.before:
+                signal.signal(either, signal.SIG_IGN)
+        else:
+            signal.signal(number, signal.default_int_handler)
         self.received = number
         print(f"\n{signal.Signals(number).name}: saving and stopping ...", flush=True)
         if self.at_once:
@@ -70,15 +78,16 @@ class StopSignal:
             signal.signal(number, handler)
 
     def check(self) -> None:
-        if self.received is not None:
+        if distributed.any_of(self.received is not None):
             raise Stop
 
     def __enter__(self):
         self.check()
         self.at_once = True
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         self.at_once = False
+        return kind is Stop
 
 
 class Average:
@@ -100,11 +109,30 @@ class Average:
         return f"{self.val:.4f} ({self.avg:.4f})"
 
 
+class NoWriter:
+    """What processes other than the first log to."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def add_scalar(self, *_):
+        pass
+
+
 def main(argv: list[str] | None = None) -> None:
     opt = options.parse(argv)
+    with distributed.joined(pick_device(opt.device)) as device:
+        fit(opt, device)
+
+
+def fit(opt: argparse.Namespace, device: torch.device) -> None:
+    """The whole run: set up, epochs, validation, checkpoints."""
     print(opt)
     torch.manual_seed(opt.seed)
-    device = pick_device(opt.device)
+    rank, world = distributed.rank(), distributed.world()
 
     resumed = ckpt.load(opt.resume) if opt.resume else None
     vocab = read_vocab(opt, resumed)
@@ -112,12 +140,15 @@ def main(argv: list[str] | None = None) -> None:
     folder = find_data(opt.data_path, opt.data_name)
     train_set = PrecompDataset(folder, "train", vocab, opt.img_dim)
     dev_set = PrecompDataset(folder, "dev", vocab, opt.img_dim)
+    pin = device.type == "cuda"
     loader = get_train_loader(
-        train_set, opt.batch_size, opt.workers, opt.seed, pin_memory=device.type == "cuda"
+        train_set, opt.batch_size, opt.workers, opt.seed, pin_memory=pin, rank=rank, world=world
     )
 
     model = ckpt.build_model(opt, len(vocab)).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=opt.learning_rate)
+    if opt.compile:
+        compile_scores()
+    optimizer = torch.optim.Adam(model.parameters(), lr=opt.learning_rate, fused=True)
     # Where the run stands: epoch under way, batches of it done, their losses, steps in all, whether
     # a validation is due before the next one, best score.
     at = {"epoch": 0, "batch": 0, "loss_sum": 0.0, "loss_count": 0}
@@ -129,13 +160,18 @@ def main(argv: list[str] | None = None) -> None:
         print(f"=> loaded {opt.resume}: epoch {at['epoch']}, best rsum {at['best_rsum']:.1f}")
     fresh = resumed is None or opt.reset_start_epoch
     del resumed
-    ckpt.prepare(opt.model_name, ("*.pth.tar",) if fresh else ())
-    ckpt.prepare(opt.logger_name, ("log.jsonl", "events.out.tfevents.*") if fresh else ())
+    encoder = DistributedDataParallel(model) if world > 1 else model
+    distributed.barrier()  # all have read what process 0 may move aside now
     log_path = os.path.join(opt.logger_name, "log.jsonl")
-    forget_epochs_from(at["epoch"], log_path)
+    if rank == 0:
+        ckpt.prepare(opt.model_name, ("*.pth.tar",) if fresh else ())
+        ckpt.prepare(opt.logger_name, ("log.jsonl", "events.out.tfevents.*") if fresh else ())
+        forget_epochs_from(at["epoch"], log_path)
 
-    def state() -> dict:
-        return {
+    def save(name: str, is_best: bool = False) -> None:
+        if rank > 0:
+            return
+        state = {
             # The published meaning: the last epoch finished.
             "epoch": at["epoch"] - 1,
             "model": ckpt.state_dicts(model, opt.model),
@@ -151,17 +187,22 @@ def main(argv: list[str] | None = None) -> None:
                 "cuda_rng": torch.cuda.get_rng_state_all() if device.type == "cuda" else [],
             },
         }
+        ckpt.save(state, opt.model_name, name, is_best)
 
     if at["epoch"] >= opt.num_epochs:
         print(f"nothing to do: {at['epoch']} epochs are done, --num_epochs is {opt.num_epochs}")
     stop = StopSignal()
-    with SummaryWriter(opt.logger_name, purge_step=at["Eiters"] + 1, flush_secs=5) as tb:
+    writer = (
+        SummaryWriter(opt.logger_name, purge_step=at["Eiters"] + 1, flush_secs=5)
+        if rank == 0
+        else NoWriter()
+    )
+    with writer as tb:
         try:
             while at["epoch"] < opt.num_epochs:
                 start = time.time()
-                train_epoch(model, optimizer, loader, dev_set, at, opt, device, tb, stop)
-                with stop:
-                    metrics = validate(model, dev_set, at["Eiters"], tb)
+                train_epoch(model, encoder, optimizer, loader, dev_set, at, opt, device, tb, stop)
+                metrics = validate(model, dev_set, at["Eiters"], tb, stop)
                 is_best = metrics["rsum"] > at["best_rsum"]
                 at["best_rsum"] = max(metrics["rsum"], at["best_rsum"])
                 record = {
@@ -173,23 +214,25 @@ def main(argv: list[str] | None = None) -> None:
                     **metrics,
                     "best_rsum": at["best_rsum"],
                 }
-                with open(log_path, "a") as log:
-                    log.write(json.dumps(record) + "\n")
+                if rank == 0:
+                    with open(log_path, "a") as log:
+                        log.write(json.dumps(record) + "\n")
                 name = f"checkpoint_{at['epoch']}.pth.tar"
                 at.update(epoch=at["epoch"] + 1, batch=0, loss_sum=0.0, loss_count=0)
-                ckpt.save(state(), opt.model_name, name, is_best)
+                save(name, is_best)
                 stop.check()
         except Stop:
-            ckpt.save(state(), opt.model_name, INTERRUPTED)
+            save(INTERRUPTED)
             path = os.path.join(opt.model_name, INTERRUPTED)
             print(f"saved epoch {at['epoch']}, batch {at['batch']}: go on with --resume {path}")
-            raise SystemExit(128 + stop.received) from None
+            raise SystemExit(128 + (stop.received or signal.SIGTERM)) from None
         finally:
             stop.restore()
 
 
 def train_epoch(
     model: nn.Module,
+    encoder: nn.Module,
     optimizer: torch.optim.Optimizer,
     loader: DataLoader,
     dev_set: PrecompDataset,
@@ -199,7 +242,10 @@ def train_epoch(
     tb: SummaryWriter,
     stop: StopSignal,
 ) -> None:
-    """Run the rest of epoch at['epoch'], from batch at['batch'] on; keeps `at` up to date."""
+    """Run the rest of epoch at['epoch'], from batch at['batch'] on; keeps `at` up to date.
+
+    `encoder` is the model, or what wraps it to average gradients over the processes.
+    """
     epoch = at["epoch"]
     lr = opt.learning_rate * 0.1 ** (epoch // opt.lr_update)
     for group in optimizer.param_groups:
@@ -211,8 +257,7 @@ def train_epoch(
 
     def validate_if_due() -> None:
         if at["val_due"]:
-            with stop:  # left by a signal, it stays due
-                validate(model, dev_set, at["Eiters"], tb)
+            validate(model, dev_set, at["Eiters"], tb, stop)  # left by a signal, it stays due
             at["val_due"] = False
 
     validate_if_due()
@@ -227,9 +272,17 @@ def train_epoch(
         model.train()
         batch = to_device(batch, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=opt.amp):
-            images, captions = model.encode_images(batch), model.encode_captions(batch)
-        same_image = batch["image_index"] if opt.no_false_negatives else None
-        loss = criterion(model.similarity(images, captions), same_image)  # ()
+            images, captions = encoder(batch)
+        size = min(opt.batch_size, len(loader.dataset) - opt.batch_size * at["batch"])
+        shared = distributed.world() > 1 and loader.batch_sampler.shared(size)
+        if shared:  # this process's images, everyone's captions
+            captions = {name: distributed.gather(x) for name, x in captions.items()}
+        scores = model.similarity(images, captions)  # (b, B)
+        image_index = batch["image_index"] if opt.no_false_negatives else None
+        if shared:
+            scores = distributed.gather(scores, sum_gradients=False)  # (B, B)
+            image_index = None if image_index is None else distributed.gather(image_index)  # (B,)
+        loss = criterion(scores, image_index)  # ()
 
         value = loss.item()
         if value != value or abs(value) == float("inf"):
@@ -239,12 +292,13 @@ def train_epoch(
                 "--grad_clip, or no --amp"
             )
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        # The processes' gradients are averaged; where each has a part of one, their sum is wanted.
+        (loss * distributed.world() if shared else loss).backward()
         if opt.grad_clip > 0:
             clip_grad_norm_(model.parameters(), opt.grad_clip)
         optimizer.step()
 
-        loss_log.update(value, len(batch["index"]))
+        loss_log.update(value, size)
         at.update(batch=at["batch"] + 1, Eiters=at["Eiters"] + 1)
         at.update(loss_sum=loss_log.total, loss_count=loss_log.count)
         due = opt.val_step and at["Eiters"] % opt.val_step == 0
@@ -267,10 +321,15 @@ def train_epoch(
         end = time.time()
 
 
-def validate(model: nn.Module, dev_set: PrecompDataset, step: int, tb: SummaryWriter) -> dict:
+def validate(
+    model: nn.Module, dev_set: PrecompDataset, step: int, tb: SummaryWriter, stop: StopSignal
+) -> dict:
     """Metrics on dev under their published TensorBoard tags (`r1` ... `meanri`, `rsum`)."""
     start = time.time()
-    scores = score_matrix(model, *encode_data(model, dev_set))
+    with stop:
+        scores = score_matrix(model, *encode_data(model, dev_set), n_captions=dev_set.n_captions)
+    stop.check()
+    distributed.add_up(torch.from_numpy(scores))
     metrics = retrieval_metrics(scores)
     say(f"Image to text: {numbers(metrics['i2t'], ', ')}")
     say(f"Text to image: {numbers(metrics['t2i'], ', ')}")
@@ -307,7 +366,7 @@ def forget_epochs_from(epoch: int, path: str) -> None:
 
 # Options that do not change what a resumed run computes.
 FREE = {"data_path", "vocab_path", "workers", "device", "model_name", "logger_name", "log_step"}
-FREE |= {"val_step", "resume", "reset_start_epoch", "num_epochs", "model", "vocab_size"}
+FREE |= {"val_step", "resume", "reset_start_epoch", "num_epochs", "model", "vocab_size", "compile"}
 
 
 def restore(

@@ -127,14 +127,14 @@ def test_signals_save_first(tiny, number, workers):
 
 
 def test_stop_inside_validation_is_at_once(tiny, monkeypatch):
-    def validate(*args):
+    def encode_data(*args):
         signal.raise_signal(signal.SIGINT)
         time.sleep(1)
         raise AssertionError("validation went on")
 
     train.main(train_args(num_epochs=1, model_name="whole", logger_name="whole"))
     with monkeypatch.context() as patch:
-        patch.setattr(train, "validate", validate)
+        patch.setattr(train, "encode_data", encode_data)
         with pytest.raises(SystemExit):
             train.main(train_args(num_epochs=1))
     train.main(train_args(num_epochs=1, resume="run/interrupted.pth.tar"))

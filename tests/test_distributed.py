@@ -1,0 +1,207 @@
+"""Several processes: the same loss, gradient, metrics and files as one."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+import checkpoint as ckpt
+import evaluation
+import options
+import train
+from data import EpochSampler, PrecompDataset, get_train_loader
+from tests.conftest import read_log, train_args
+from util import distributed
+from vocab import deserialize_vocab
+
+ROOT = Path(__file__).parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"} | more
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Keep(torch.optim.SGD):
+    """Keeps the gradients of each step and leaves the weights as they are."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__(model.parameters())
+        self.model, self.steps = model, []
+
+    def step(self):
+        self.steps.append({name: p.grad.clone() for name, p in self.model.named_parameters()})
+
+
+def gradients_of_an_epoch(flags: list[str], out: str) -> None:
+    """Writes the gradient of each batch, and the epoch's loss."""
+    opt = options.parse(flags)
+    with distributed.joined(torch.device("cpu")) as device:
+        rank, world = distributed.rank(), distributed.world()
+        vocab = deserialize_vocab("vocab/tiny_precomp_vocab.json")
+        dataset = PrecompDataset("data/tiny_precomp", "train", vocab, opt.img_dim)
+        torch.manual_seed(0)
+        model = ckpt.build_model(opt, len(vocab))
+        encoder = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
+        optimizer = Keep(model)
+        at = {"epoch": 0, "batch": 0, "loss_sum": 0.0, "loss_count": 0, "Eiters": 0}
+        at["val_due"] = False
+        loader = get_train_loader(dataset, opt.batch_size, 0, 0, rank=rank, world=world)
+        stop = train.StopSignal()
+        train.train_epoch(
+            model, encoder, optimizer, loader, None, at, opt, device, train.NoWriter(), stop
+        )
+        stop.restore()
+        torch.save({"steps": optimizer.steps, "at": at}, f"{out}_{rank}.pt")
+
+
+def process(rank: int, world: int, port: int, flags: list[str], out: str) -> None:
+    """What torchrun sets for its process `rank`, and the epoch."""
+    torch.set_num_threads(1)
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    gradients_of_an_epoch(flags, out)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cross_attn": "t2i", "vse_mean_warmup_epochs": 0},
+        {"cross_attn": "i2t", "vse_mean_warmup_epochs": 0, "no_false_negatives": True},
+        {"cross_attn": "t2i", "vse_mean_warmup_epochs": 1},
+    ],
+)
+def test_loss_and_gradient_of_two_processes_are_those_of_one(tiny, options):
+    """100 pairs in batches of 33: odd shares, and a last batch of one pair for two processes."""
+    flags = train_args(batch_size=33, grad_clip=0, **options)
+    gradients_of_an_epoch(flags, "one")
+    mp.spawn(process, (2, free_port(), flags, "two"), nprocs=2)
+    one, *two = (torch.load(f"{name}.pt") for name in ("one_0", "two_0", "two_1"))
+    assert len(one["steps"]) == 4
+    for other in two:
+        assert other["at"]["loss_count"] == 100
+        assert other["at"]["loss_sum"] == pytest.approx(one["at"]["loss_sum"], rel=1e-5)
+        for want, got in zip(one["steps"], other["steps"], strict=True):
+            for name, gradient in want.items():
+                largest = gradient.abs().max()
+                assert (got[name] - gradient).abs().max() <= 1e-5 * largest, name
+    assert all(g.abs().max() > 0 for g in one["steps"][0].values())
+
+
+def test_batches_are_shared_out():
+    for n, size, world in ((20, 8, 3), (17, 8, 2), (9, 4, 4)):
+        whole = list(EpochSampler(n, size, seed=1))
+        parts = [list(EpochSampler(n, size, 1, rank, world)) for rank in range(world)]
+        for batch, *shares in zip(whole, *parts, strict=True):
+            if len(batch) >= world:
+                assert sorted(sum(shares, [])) == sorted(batch)
+                assert max(map(len, shares)) - min(map(len, shares)) <= 1
+            else:
+                assert all(share == batch for share in shares)
+
+
+def run(*command, **more: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*TORCHRUN, *map(str, command)], capture_output=True, text=True, env=environment(**more)
+    )
+
+
+def test_torchrun_trains_resumes_and_evaluates(tiny):
+    flags = train_args(num_epochs=3, val_step=5, no_false_negatives=True)
+    done = run(ROOT / "train.py", *flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Namespace(") == 1 and len(read_log("run")) == 3
+    parts = train_args(num_epochs=2, model_name="parts", logger_name="parts")
+    train.main([*parts, "--no_false_negatives", "--val_step", "5"])  # one process
+    resume = train_args(num_epochs=3, model_name="parts", logger_name="parts", val_step=5)
+    done = run(
+        ROOT / "train.py", *resume, "--no_false_negatives", "--resume", "parts/checkpoint_1.pth.tar"
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir("parts")) == sorted(
+        [f"checkpoint_{k}.pth.tar" for k in range(3)]
+        + ["log.jsonl", "model_best.pth.tar"]
+        + [name for name in os.listdir("parts") if name.startswith("events")]
+    )
+    for whole, part in zip(read_log("run"), read_log("parts"), strict=True):
+        assert part["Le"] == pytest.approx(whole["Le"], rel=1e-2)  # Adam magnifies rounding
+        assert part["Eit"] == whole["Eit"]
+
+    path = "run/model_best.pth.tar"
+    done = run(ROOT / "evaluation.py", path, "--split", "test", "--save_path", "two.npy")
+    assert done.returncode == 0, done.stderr
+    metrics = evaluation.evalrank(path, split="test", save_path="one.npy")
+    assert done.stdout.count(f"rsum: {metrics['rsum']:.1f}") == 1
+    np.testing.assert_allclose(np.load("two.npy"), np.load("one.npy"), rtol=0, atol=1e-6)
+
+
+def start(*flags: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*TORCHRUN, str(ROOT / "train.py"), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+    )
+
+
+def wait_for(process: subprocess.Popen, text: str) -> None:
+    for line in process.stdout:
+        if line.startswith(text):
+            return
+    raise AssertionError(f"ended without {text}")
+
+
+def test_a_process_that_dies_ends_the_run(tiny):
+    """With a message, and no half-written checkpoint."""
+    running = start(*train_args(num_epochs=10000, log_step=1))
+    wait_for(running, "Epoch: [1]")
+    ranks = [
+        int(pid) for pid in os.listdir("/proc") if pid.isdigit() and parent_of(pid) == running.pid
+    ]
+    assert len(ranks) == 2
+    os.kill(max(ranks), signal.SIGKILL)
+    out = running.communicate(timeout=60)[0]
+    assert running.returncode != 0
+    assert "lost another process of the run" in out
+    assert not list(Path("run").glob("*.part")) and not Path("run/interrupted.pth.tar").exists()
+    for path in Path("run").glob("*.pth.tar"):
+        ckpt.load(str(path))
+
+
+def parent_of(pid: str) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:  # it has ended
+        return None
+
+
+@pytest.mark.parametrize("whole_group", [True, False])
+def test_a_signal_saves_first(tiny, whole_group):
+    """Ctrl-C reaches torchrun and its processes, a scheduler's SIGTERM torchrun alone."""
+    running = start(*train_args(num_epochs=10000, log_step=1))
+    wait_for(running, "Epoch: [1]")
+    time.sleep(0.5)
+    if whole_group:
+        os.killpg(running.pid, signal.SIGINT)
+    else:
+        os.kill(running.pid, signal.SIGTERM)
+    out = running.communicate(timeout=60)[0]
+    assert running.returncode != 0 and "saved epoch" in out, out
+    epoch = ckpt.load("run/interrupted.pth.tar")["epoch"]
+    train.main(train_args(num_epochs=epoch + 2, resume="run/interrupted.pth.tar"))

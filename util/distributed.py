@@ -1,0 +1,120 @@
+"""One run on several processes: `torchrun --nproc_per_node=N train.py ...`.
+
+Every process holds the model and encodes its share of each batch; what a score needs of the others'
+shares is gathered with its gradient, so that loss and gradient are those of one process with the
+whole batch. Started plainly, each function here does nothing.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from util.cli import InputError
+
+
+def rank() -> int:
+    """The number of this process; 0 writes and speaks."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def joined(device: torch.device) -> Iterator[torch.device]:
+    """Join the other processes if torchrun started this one; gives the device of this process.
+
+    Gathers go through NCCL on GPUs, one a process, and through gloo on CPUs. Only process 0 prints.
+    A process that ends early makes the others end with an InputError.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # not torchrun
+        yield device
+        return
+    if device.type == "cuda":
+        number = int(os.environ["LOCAL_RANK"])
+        if number >= torch.cuda.device_count():
+            raise InputError(
+                f"--nproc_per_node: process {number} has no GPU, there are "
+                f"{torch.cuda.device_count()}; start one process a GPU, or give --device cpu"
+            )
+        device = torch.device("cuda", number)
+        torch.cuda.set_device(device)
+    # Counts and lengths stay on the host, so gloo serves beside NCCL.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    with contextlib.ExitStack() as stack:
+        if rank() > 0:
+            quiet = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(quiet))
+        try:
+            yield device
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            raise InputError(
+                f"process {rank()} of {world()}: lost another process of the run (its message is "
+                "above); checkpoints already written are whole, go on from the newest with --resume"
+            ) from error
+    dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if world() > 1:
+        dist.barrier()
+
+
+def any_of(flag: bool) -> bool:
+    """Whether the flag is set on any process: what all of them then act on at one place."""
+    if world() == 1:
+        return flag
+    flags = torch.tensor([int(flag)])
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
+
+
+def add_up(x: Tensor) -> Tensor:
+    """Sum of a tensor over the processes, in place."""
+    if world() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+class Gather(torch.autograd.Function):
+    """Rows of all processes; the gradient goes back to where each row came from."""
+
+    @staticmethod
+    def forward(ctx, x, shapes, sum_gradients):
+        largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
+        padded = x.new_zeros(largest)
+        padded[tuple(map(slice, x.shape))] = x
+        parts = [torch.empty_like(padded) for _ in shapes]
+        dist.all_gather(parts, padded)
+        start = sum(shape[0] for shape in shapes[: rank()])
+        ctx.own = (slice(start, start + len(x)), *map(slice, x.shape[1:]))
+        ctx.sum_gradients = sum_gradients
+        return torch.cat([part[: shape[0]] for part, shape in zip(parts, shapes, strict=True)])
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.sum_gradients:
+            grad = add_up(grad.clone(memory_format=torch.contiguous_format))
+        return grad[ctx.own], None, None
+
+
+def gather(x: Tensor, sum_gradients: bool = True) -> Tensor:
+    """Rows (b, ...) of all processes in their order, (B, ...); b may differ among them.
+
+    Further dimensions may differ too: they are padded with zeros. `sum_gradients`: each process
+    computes its own part of the loss from the rows; without it all compute the same loss.
+    """
+    if world() == 1:
+        return x
+    shapes = [torch.empty(x.dim(), dtype=torch.long) for _ in range(world())]
+    dist.all_gather(shapes, torch.tensor(x.shape))
+    return Gather.apply(x, [shape.tolist() for shape in shapes], sum_gradients)
