@@ -7,13 +7,14 @@ optionally, `{split}_ids.txt`. Letters: B batch, R regions, F numbers a region, 
 import os
 import signal
 import threading
+from array import array as flat_array
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from util.cli import InputError, progress
 from vocab import Vocabulary, read_captions
@@ -104,13 +105,14 @@ class PrecompDataset(Dataset):
                 f"warning: {stem}_caps.txt: {len(empty)} empty captions (first at line {empty[0]})"
                 ", kept as <start> <end>"
             )
-        words = [
-            torch.tensor(vocab.encode(caption), dtype=torch.int32)
-            for caption in progress(captions, f"tokenising {data_split}")
-        ]
         # One flat array: forked loader workers share it, where a list of objects would be copied.
-        self.lengths = torch.tensor([len(w) for w in words])  # (n_captions,)
-        self.words = torch.cat(words)
+        words, lengths = flat_array("i"), []
+        for caption in progress(captions, f"tokenising {data_split}"):
+            ids = vocab.encode(caption)
+            words.extend(ids)
+            lengths.append(len(ids))
+        self.lengths = torch.tensor(lengths)  # (n_captions,)
+        self.words = torch.from_numpy(np.array(words, dtype=np.int32))
         self.start = self.lengths.cumsum(0) - self.lengths  # (n_captions,)
 
     def _read_ids(self, path: str, rows: int) -> list[str] | None:
@@ -160,7 +162,7 @@ def collate_fn(items: list[dict]) -> dict[str, Tensor]:
             batch["lengths"] = torch.tensor([len(v) for v in values])  # (B,)
             batch[name] = pad_sequence(values, batch_first=True)  # (B, W)
         elif isinstance(values[0], Tensor):
-            batch[name] = torch.stack(values)
+            batch[name] = default_collate(values)  # in a worker, straight into shared memory
         else:
             batch[name] = torch.tensor(values)
     return batch

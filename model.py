@@ -153,11 +153,13 @@ class EncoderText(nn.Module):
 
     def forward(self, captions: Tensor, lengths: Tensor) -> Tensor:
         """captions (C, W) word ids, lengths (C,) -> words (C, W, D), zero beyond each length."""
-        x = self.embed(captions)  # (C, W, word_dim)
-        packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
-        out, _ = self.rnn(packed)
+        # Sorted here, from lengths on the host: packing would fetch the order back from the device.
+        lengths, order = lengths.cpu().sort(descending=True, stable=True)
+        back = order.argsort().to(captions.device)
+        x = self.embed(captions[order.to(captions.device)])  # (C, W, word_dim)
+        out, _ = self.rnn(pack_padded_sequence(x, lengths, batch_first=True))
         x, _ = pad_packed_sequence(out, batch_first=True, total_length=captions.size(1))
-        x = x.float()  # (C, W, D) or (C, W, 2 D); float32 under autocast too
+        x = x[back].float()  # (C, W, D) or (C, W, 2 D); float32 under autocast too
         if self.rnn.bidirectional:
             ahead, behind = x.chunk(2, dim=-1)
             x = (ahead + behind) / 2  # (C, W, D)

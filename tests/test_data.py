@@ -1,6 +1,12 @@
 """Layouts, both storage conventions, order, and every complaint about the files."""
 
+import itertools
 import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +15,8 @@ import torch
 import vocab
 from data import EpochSampler, PrecompDataset, collate_fn, get_train_loader
 from tests.conftest import write_split
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -194,3 +202,44 @@ def test_loader_honours_workers_and_leaves_the_random_state(tmp_path, words, wor
     batches = [batch["index"].tolist() for batch in loader]
     assert torch.equal(before, torch.get_rng_state())
     assert batches == list(EpochSampler(40, 16, seed=1))
+
+
+def test_features_larger_than_memory(tmp_path):
+    """Twice the machine's memory in a sparse file, and a run that may hold 4 GB."""
+    folder = tmp_path / "data" / "tiny_precomp"
+    folder.mkdir(parents=True)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    regions, dim = 500, 2048
+    n = 2 * memory // (4 * regions * dim)
+    head = {"descr": "<f4", "fortran_order": False, "shape": (n, regions, dim)}
+    with open(folder / "train_ims.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, head)
+        file.write(np.ones(dim, np.float32).tobytes())  # the first image is not the second
+        file.truncate(file.tell() + 4 * dim * (n * regions - 1))
+    assert os.path.getsize(folder / "train_ims.npy") > 1.99 * memory
+    np.save(folder / "dev_ims.npy", np.ones((2, regions, dim), np.float32))
+    (folder / "train_caps.txt").write_text("a dog\n" * n)
+    (folder / "dev_caps.txt").write_text("a dog\na cat\n")
+    vocab.main(
+        ["--data_path", str(tmp_path / "data"), "--data_name", "tiny_precomp"]
+        + ["--out", str(tmp_path / "vocab" / "tiny_precomp_vocab.json")]
+    )
+    command = (
+        f"{ROOT}/train.py --data_path data --data_name tiny_precomp --vocab_path vocab --workers 1 "
+    )
+    command += "--embed_size 16 --word_dim 8 --batch_size 16 --log_step 1 --device cpu "
+    command += "--model_name run --logger_name run"
+    process = subprocess.Popen(
+        [sys.executable, *command.split()],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30)),
+    )
+    out = list(itertools.takewhile(lambda line: "][5/" not in line, process.stdout))
+    process.terminate()
+    rest = process.communicate()[0]
+    assert process.returncode == 128 + signal.SIGTERM, "".join(out) + rest
+    assert "saved epoch 0" in rest

@@ -216,11 +216,11 @@ def test_inside_an_epoch_the_batches_must_stay(tiny, monkeypatch, capsys):
 def test_stop_inside_a_step_validation_leaves_it_due(tiny, monkeypatch):
     seen, real = [], train.validate
 
-    def validate(model, dev_set, step, tb):
+    def validate(model, dev_set, step, tb, stop):
         seen.append(step)
         if len(seen) == 1:
             signal.raise_signal(signal.SIGINT)
-        return real(model, dev_set, step, tb)
+        return real(model, dev_set, step, tb, stop)
 
     monkeypatch.setattr(train, "validate", validate)
     with pytest.raises(SystemExit):

@@ -1,0 +1,61 @@
+"""Every tensor of a step on the `meta` device: a stray CPU tensor or a needless .item() fails.
+
+It stands in for a GPU where there is none. What is read on the host on purpose stays there: the
+captions' lengths.
+"""
+
+import pytest
+import torch
+from torch.fx.experimental import _config
+
+from model import AGG_FUNC, RAW_FEATURE_NORM, SCAN, ContrastiveLoss, score_some
+
+
+def batch(n: int = 6) -> dict[str, torch.Tensor]:
+    return {
+        "images": torch.empty(n, 5, 12, device="meta"),
+        "captions": torch.empty(n, 7, dtype=torch.long, device="meta"),
+        "lengths": torch.tensor([7, 3, 3, 5, 7, 1][:n]),
+    }
+
+
+@pytest.fixture
+def all_nonzero():
+    """Let nonzero() on meta take every element for one."""
+    with _config.patch(meta_nonzero_assume_all_nonzero=True):
+        yield
+
+
+@pytest.mark.parametrize("direction", ["t2i", "i2t"])
+@pytest.mark.parametrize(
+    ("norm", "agg"),
+    [(norm, "LogSumExp") for norm in RAW_FEATURE_NORM] + [("l2norm", agg) for agg in AGG_FUNC],
+)
+def test_a_step_stays_on_its_device(direction, norm, agg, all_nonzero):
+    with torch.device("meta"):
+        model = SCAN(
+            20, 12, 8, 16, bi_gru=True, cross_attn=direction, raw_feature_norm=norm, agg_func=agg
+        )
+    images, captions = model(batch())
+    scores = model.similarity(images, captions)
+    assert scores.device.type == "meta" and scores.shape == (6, 6)
+    for max_violation in (True, False):
+        loss = ContrastiveLoss(0.2, max_violation)(scores, torch.zeros(6, device="meta"))
+        loss.backward(retain_graph=True)
+    assert all(p.grad.device.type == "meta" and p.grad.shape == p.shape for p in model.parameters())
+    with torch.inference_mode():
+        images, captions = model(batch())
+        assert model.similarity(images, captions).device.type == "meta"
+
+
+@pytest.mark.parametrize("direction", ["t2i", "i2t"])
+def test_pairs_stay_on_their_device(direction):
+    regions = torch.empty(9, 5, 16, device="meta", requires_grad=True)
+    words = torch.empty(9, 4, 16, device="meta", requires_grad=True)
+    with torch.device("meta"):
+        how = SCAN(20, 12, 8, 16, cross_attn=direction).how
+    images = (regions, regions @ regions.mT) if how.words_query else (regions,)
+    scores = score_some(images, (words,), True, how)
+    assert scores.device.type == "meta" and scores.shape == (9,)
+    scores.sum().backward()
+    assert regions.grad.shape == regions.shape and words.grad.shape == words.shape
