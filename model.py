@@ -177,19 +177,18 @@ class CrossAttention(NamedTuple):
 
 
 def attend(s: Tensor, gram: Tensor, query_length: Tensor, how: CrossAttention) -> Tensor:
-    """Scores (N, M) of N captions of W words and M images, from the dots s of words and regions.
+    """Scores (N, M) of N captions of W words and M images, from their dots s (N, W, M, R).
 
-    t2i: s (N, W, M, R), gram (M, R, R) the dots among each image's regions;
-    i2t: s (N, W, R, M), gram (N, W, W) the dots among each caption's words.
-    query_length, broadcast to (N, Q, M), holds the norms of the query rows. Overwrites s where no
-    graph is kept.
+    gram holds the dots among the keys: t2i (M, R, R) among each image's regions, i2t (N, W, W)
+    among each caption's words. query_length holds the norms of the query rows: t2i (N, W, 1), i2t
+    (M, R), or with an N or M more where a caption meets one image only. Overwrites s where no graph
+    is kept.
 
     The attended vector c = sum_k a_k k is never built: q.c = sum_k a_k s_k, and |c|^2 = a' G a. The
     softmax's denominator cancels in the cosine, so a is left unnormalised. Both directions of
-    section 3.1 are this function, i-t with regions as queries, t-i with words; in both layouts what
-    is summed over has long rows beside it, and every pass is vectorised.
+    section 3.1 are this function, i-t with regions as queries, t-i with words.
     """
-    query, key = (1, 3) if how.words_query else (2, 1)  # their dimensions in s
+    query, key = (1, 3) if how.words_query else (3, 1)  # their dimensions in s
     norm = choose(RAW_FEATURE_NORM, how.raw_feature_norm, "raw_feature_norm")
     aggregate = choose(AGG_FUNC, how.agg_func, "agg_func")
     # Without a graph each pass writes over its input: a second buffer would leave the cache.
@@ -208,14 +207,14 @@ def attend(s: Tensor, gram: Tensor, query_length: Tensor, how: CrossAttention) -
         rows = a.flatten(0, 1).transpose(0, 1)  # (M, N W, R)
         g = (rows @ gram).transpose(0, 1).view(s.shape)  # (N, W, M, R)
     else:
-        g = (gram @ a.flatten(2)).view(s.shape)  # (N, W, R, M)
-    square = mul(g, a).sum(key)  # (N, Q, M)
-    dot = mul(s, a).sum(key)  # (N, Q, M)
-    length = square.clamp_min(floor**2).sqrt() * query_length  # (N, Q, M)
+        g = (gram @ a.flatten(2)).view(s.shape)  # (N, W, M, R)
+    square = mul(g, a).sum(key)  # (N, W, M) or (N, M, R)
+    dot = mul(s, a).sum(key)  # like square
+    length = square.clamp_min(floor**2).sqrt() * query_length  # like square
     # The Gram form loses its digits where the attended vector all but vanishes, and may come out
     # below 0: the floors keep the gradients finite, and no cosine leaves [-1, 1].
-    cosine = (dot / length.clamp_min(floor)).clamp(-1, 1)  # (N, Q, M)
-    return aggregate(cosine, 1, how.lambda_lse)  # (N, M)
+    cosine = (dot / length.clamp_min(floor)).clamp(-1, 1)  # like square
+    return aggregate(cosine, 1 if how.words_query else 2, how.lambda_lse)  # (N, M)
 
 
 def compile_scores() -> None:
@@ -280,21 +279,18 @@ def score_all(
     size = max(1, block // (images_of * regions_of))
     chunks, order = packed_words(*captions, cap_lens, how, size)
     scores = []
-    for some in torch.arange(len(regions)).split(images_of):
-        some = slice(int(some[0]), int(some[-1]) + 1)
-        part = regions[some]  # (i, R, D)
-        if how.words_query:
-            need = gram[0][some]  # (i, R, R)
-        else:
-            need = part.norm(dim=2).mT  # (R, i)
-            part = part.transpose(0, 1)  # (R, i, D)
-        columns = part.flatten(0, 1).mT  # (D, i R) or (D, R i)
+    for start in range(0, len(regions), images_of):
+        some = slice(start, start + images_of)
+        columns = regions[some].flatten(0, 1).mT  # (D, i R)
+        need = (
+            gram[0][some] if how.words_query else regions[some].norm(dim=2)
+        )  # (i, R, R) or (i, R)
         parts = []
         for words, groups in chunks:
-            s = words @ columns  # (T, i R) or (T, R i)
+            s = words @ columns  # (T, i R)
             sizes = [n * w for n, w, _ in groups]
             for (n, w, of_words), dots in zip(groups, s.split(sizes), strict=True):
-                dots = dots.view(n, w, *part.shape[:2])  # (n, W, i, R) or (n, W, R, i)
+                dots = dots.view(n, w, -1, regions_of)  # (n, W, i, R)
                 pair = (need, of_words) if how.words_query else (of_words, need)
                 parts.append(attend(dots, *pair, how))  # (n, i)
         scores.append(torch.cat(parts))  # (C, i)
@@ -311,20 +307,20 @@ def score_some(
     with the caption of its row.
     """
     (regions, *gram), (words,) = images, captions
+    lengths = (words if how.words_query else regions).norm(dim=2)  # (n, W) or (i, R)
     if paired:
         s = words @ regions.mT  # (p, W, R)
-        s = s.transpose(0, 1)[None] if how.words_query else s[..., None]
+        # t2i takes the pairs for images that all meet one "caption", i2t for captions that meet one
+        # "image": the Gram matrices are then one a pair.
+        s = s.transpose(0, 1)[None] if how.words_query else s[:, :, None]
+        lengths = lengths.mT[None] if how.words_query else lengths[:, None]
     else:
-        s = words.flatten(0, 1) @ regions.flatten(0, 1).mT  # (n W, i R)
-        s = s.view(*words.shape[:2], *regions.shape[:2])  # (n, W, i, R)
-        s = s if how.words_query else s.transpose(2, 3)
-    # s is (n, W, i, R) or (n, W, R, i); paired (1, W, p, R) or (p, W, R, 1).
-    if how.words_query:
-        norms = words.norm(dim=2)  # (n, W)
-        scores = attend(s, *gram, norms.mT[None] if paired else norms[..., None], how)
-    else:
-        norms = regions.norm(dim=2)  # (i, R)
-        scores = attend(s, words @ words.mT, norms[..., None] if paired else norms.mT, how)
+        s = (words.flatten(0, 1) @ regions.flatten(0, 1).mT).view(
+            *words.shape[:2], len(regions), -1
+        )
+        lengths = lengths[..., None] if how.words_query else lengths
+    # s is (n, W, i, R); paired (1, W, p, R) or (p, W, 1, R).
+    scores = attend(s, gram[0] if how.words_query else words @ words.mT, lengths, how)
     return scores.flatten() if paired else scores  # (p,) or (n, i)
 
 

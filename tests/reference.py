@@ -6,16 +6,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def normalise(s: Tensor, how: str) -> Tensor:
-    """Dots s (Q, K), normalised over the Q queries of each key."""
+def normalise(s: Tensor, how: str, dim: int = 0) -> Tensor:
+    """Dots s (Q, K), normalised over the Q queries (dimension `dim`) of each key."""
     if how.startswith("clipped"):
         s = torch.where(s > 0, s, 0.1 * s)
     if how.endswith("l2norm"):
-        return s / ((s**2).sum(0) + 0).sqrt().add(1e-8)
+        return s / (s**2).sum(dim, keepdim=True).sqrt().add(1e-8)
     if how.endswith("l1norm"):
-        return s / (s.abs().sum(0) + 1e-8)
+        return s / (s.abs().sum(dim, keepdim=True) + 1e-8)
     if how == "softmax":
-        return s.exp() / s.exp().sum(0)
+        return s.softmax(dim)
     return s
 
 
@@ -56,6 +56,36 @@ def xattn_score(
             q, k = (words, image) if direction == "t2i" else (image, words)
             scores.append(pair_score(q, k, norm, agg, lambda_softmax, lambda_lse))
     return torch.stack(scores).view(len(images), len(captions))
+
+
+def caption_loop(
+    direction: str,
+    images: Tensor,
+    captions: Tensor,
+    cap_lens: Tensor,
+    norm: str = "clipped_l2norm",
+    agg: str = "LogSumExp",
+    lambda_softmax: float = 9.0,
+    lambda_lse: float = 6.0,
+) -> Tensor:
+    """All images at once, one caption after the other: (I, C). What the benchmark runs against.
+
+    This is how the score is usually programmed: the caption is copied beside every image, the dots
+    are normalised and the attended vectors built, and each query's cosine with its own is taken.
+    """
+    scores = []
+    for caption, length in zip(captions, cap_lens, strict=True):
+        words = caption[:length].repeat(len(images), 1, 1)  # (I, W, D)
+        queries, keys = (words, images) if direction == "t2i" else (images, words)
+        weights = normalise(queries @ keys.mT, norm, 1)  # (I, Q, K)
+        attended = torch.softmax(lambda_softmax * weights, 2) @ keys  # (I, Q, D)
+        lengths = queries.norm(dim=2) * attended.norm(dim=2)  # (I, Q)
+        x = (queries * attended).sum(2) / lengths.clamp_min(1e-8)  # (I, Q)
+        if agg == "LogSumExp":
+            scores.append(torch.logsumexp(lambda_lse * x, 1) / lambda_lse)
+        else:
+            scores.append({"Mean": x.mean, "Sum": x.sum, "Max": x.amax}[agg](1))
+    return torch.stack(scores, 1)
 
 
 def hinge(scores: Tensor, margin: float, max_violation: bool) -> Tensor:

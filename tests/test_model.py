@@ -48,6 +48,8 @@ def test_score_equals_plain_loop(direction, norm, agg, unit):
     want = reference.xattn_score(direction, images, captions, lengths, norm, agg, 4.0, 5.0)
     assert got.shape == (3, 4)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    loop = reference.caption_loop(direction, images, captions, lengths, norm, agg, 4.0, 5.0)
+    torch.testing.assert_close(loop, want, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("direction", "norm", "agg"), VARIANTS)
