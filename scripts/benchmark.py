@@ -13,6 +13,7 @@ memory is that of a process of its own, its Python and torch included.
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -361,10 +362,8 @@ def print_tables(result: dict) -> None:
 
 def plot(result: dict, path: str) -> None:
     """Times beside each other, and the growth with the number of images."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -409,6 +408,8 @@ def main(argv: list[str] | None = None) -> None:
     opt = parser.parse_args(argv)
     if opt.repeats < 5:
         raise InputError(f"--repeats {opt.repeats}: medians of fewer than 5 say little")
+    if opt.plot and not importlib.util.find_spec("matplotlib"):
+        raise InputError("--plot needs matplotlib: pip install matplotlib")
     size = QUICK if opt.quick else PAPER
     device = evaluation.pick_device(opt.device)
     if opt.peak:

@@ -70,15 +70,17 @@ def caption_loop(
 ) -> Tensor:
     """All images at once, one caption after the other: (I, C). What the benchmark runs against.
 
-    This is how the score is usually programmed: the caption is copied beside every image, the dots
-    are normalised and the attended vectors built, and each query's cosine with its own is taken.
+    The order of operations is that of the published programs: the caption is copied beside every
+    image, the dots are normalised with a row a key and laid out anew for the softmax over the keys,
+    and the attended vectors come out as columns.
     """
     scores = []
     for caption, length in zip(captions, cap_lens, strict=True):
         words = caption[:length].repeat(len(images), 1, 1)  # (I, W, D)
         queries, keys = (words, images) if direction == "t2i" else (images, words)
-        weights = normalise(queries @ keys.mT, norm, 1)  # (I, Q, K)
-        attended = torch.softmax(lambda_softmax * weights, 2) @ keys  # (I, Q, D)
+        weights = normalise(keys @ queries.mT, norm, 2).mT.contiguous()  # (I, Q, K)
+        attention = torch.softmax(lambda_softmax * weights, 2).mT.contiguous()  # (I, K, Q)
+        attended = (keys.mT @ attention).mT  # (I, Q, D)
         lengths = queries.norm(dim=2) * attended.norm(dim=2)  # (I, Q)
         x = (queries * attended).sum(2) / lengths.clamp_min(1e-8)  # (I, Q)
         if agg == "LogSumExp":
