@@ -224,8 +224,13 @@ def compile_scores() -> None:
 
 
 def block_size(device: torch.device) -> int:
-    """Numbers in one block of work: few enough for a CPU's cache, enough to fill a GPU."""
-    return 2**22 if device.type == "cpu" else 2**27
+    """Numbers in one block of work: few enough for a CPU's cache, enough to fill a GPU.
+
+    From the device's size, not from what is free: rounding must not differ from run to run.
+    """
+    if device.type == "cuda":
+        return min(2**27, torch.cuda.get_device_properties(device).total_memory // 128)
+    return 2**22
 
 
 def length_groups(lengths: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -282,9 +287,8 @@ def score_all(
     for start in range(0, len(regions), images_of):
         some = slice(start, start + images_of)
         columns = regions[some].flatten(0, 1).mT  # (D, i R)
-        need = (
-            gram[0][some] if how.words_query else regions[some].norm(dim=2)
-        )  # (i, R, R) or (i, R)
+        # What attend needs of the images: (i, R, R) or (i, R).
+        need = gram[0][some] if how.words_query else regions[some].norm(dim=2)
         parts = []
         for words, groups in chunks:
             s = words @ columns  # (T, i R)
@@ -348,33 +352,33 @@ class SparseScore(torch.autograd.Function):
     def backward(ctx, grad):
         first, last = ctx.counts
         tensors = ctx.saved_tensors
-        weights = [w for w in tensors[last:] if w.requires_grad]
-        totals = [torch.zeros_like(x) for x in tensors]
+        wanted = [k for k, needed in enumerate(ctx.needs_input_grad[5:]) if needed]
+        totals = [torch.zeros_like(x) if k in wanted else None for k, x in enumerate(tensors)]
         # Sizes of the parts: what they gather, or their dots, should stay in the cache too.
         block = block_size(grad.device) // 2
 
         def add(image, caption, length: int, part: Tensor, paired: bool) -> None:
             """Add the gradients through the scores of some captions and images (or a slice)."""
-            leaves = [x[image] for x in tensors[:first]]
-            leaves += [x[caption, :length] for x in tensors[first:last]]
-            leaves = [x.detach().requires_grad_() for x in leaves]
+            inputs = [x[image] for x in tensors[:first]]
+            inputs += [x[caption, :length] for x in tensors[first:last]]
+            inputs = [x.detach().requires_grad_(k in wanted) for k, x in enumerate(inputs)]
             with torch.enable_grad():
-                scores = ctx.some(tuple(leaves[:first]), tuple(leaves[first:]), paired)
-            grads = torch.autograd.grad(scores, leaves + weights, part, allow_unused=True)
-            for k, g in enumerate(grads[: len(leaves)]):
+                scores = ctx.some(tuple(inputs[:first]), tuple(inputs[first:]), paired)
+            inputs += tensors[last:]
+            grads = torch.autograd.grad(
+                scores, [inputs[k] for k in wanted], part, allow_unused=True
+            )
+            for k, g in zip(wanted, grads, strict=True):
                 if g is None:
                     continue
-                if k >= first:
+                if k >= last:
+                    totals[k] += g
+                elif k >= first:
                     totals[k][:, :length].index_add_(0, caption, g)
                 elif paired:
                     totals[k].index_add_(0, image, g)
                 else:
                     totals[k][image] += g
-            of_weights = iter(grads[len(leaves) :])
-            for total, w in zip(totals[last:], tensors[last:], strict=True):
-                g = next(of_weights) if w.requires_grad else None
-                if g is not None:
-                    total += g
 
         pairs = grad.nonzero()  # (P, 2)
         if 4 * len(pairs) < grad.numel():

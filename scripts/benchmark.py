@@ -1,6 +1,6 @@
 """What SCAN costs here: our scoring, training step and evaluation beside the usual loop.
 
-    python scripts/benchmark.py              # the paper's size; a quarter of an hour
+    python scripts/benchmark.py              # the paper's size; some 20 minutes
     python scripts/benchmark.py --quick      # small, a minute: a look, not a figure to quote
     python scripts/benchmark.py --json       # one JSON object on stdout and nothing else
     python scripts/benchmark.py --plot a.png # the growth with the number of images, too
@@ -46,7 +46,7 @@ from vocab import SPECIAL, Vocabulary
 PAPER = {"img_dim": 2048, "embed_size": 1024, "word_dim": 300, "batch": 128, "images": 1000}
 QUICK = {"img_dim": 256, "embed_size": 256, "word_dim": 64, "batch": 32, "images": 60}
 REGIONS, WORDS, N_VOCAB = 36, (9, 21), 8481
-GROWTH, GROWTH_CAPTIONS = (250, 500, 1000, 2000, 5000), 1000
+GROWTH, GROWTH_CAPTIONS = (250, 500, 1000, 2000, 5000), 250
 PARTS = ("scoring", "step", "memory", "evalrank", "growth")
 
 
@@ -243,7 +243,7 @@ def time_evalrank(size: dict, direction: str, device: torch.device, repeats: int
 
 
 def peak_memory(name: str, direction: str, quick: bool, device: str) -> float:
-    """Peak memory, in MiB, of a process that does one job three times."""
+    """Peak memory, in MiB, of a process that does one job."""
     command = [sys.executable, __file__, "--peak", name, "--cross_attn", direction]
     command += ["--device", device] + ["--quick"] * quick
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
@@ -255,7 +255,7 @@ def print_peak(name: str, size: dict, direction: str, device: torch.device) -> N
         job = growth_job(int(name.removeprefix("growth")), size, direction, device)
     else:
         job = getattr(Work(size, direction, device), name)
-    for _ in range(3):
+    for _ in range(1 if name.startswith("growth") else 3):
         job()
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**20
@@ -286,6 +286,12 @@ def growth_job(n: int, size: dict, direction: str, device: torch.device) -> Call
 def measure(opt: argparse.Namespace, size: dict, direction: str, device: torch.device) -> dict:
     """All figures of one direction."""
     result = {}
+
+    def told(part: dict) -> dict:
+        """A part of the result, said as soon as it is there."""
+        say(f"{direction}:", ", ".join(f"{key} {value:.4g}" for key, value in part.items()))
+        return part
+
     if {"scoring", "step"} & set(opt.only):
         work = Work(size, direction, device)
         apart = (work.score_ours() - work.score_loop()).abs().max().item()
@@ -294,36 +300,32 @@ def measure(opt: argparse.Namespace, size: dict, direction: str, device: torch.d
         result["score_max_difference"] = apart
         result["dots"] = size["batch"] * REGIONS * len(work.words)
     if "scoring" in opt.only:
-        say(f"{direction}: scoring")
         jobs = {"ours": work.score_ours, "loop": work.score_loop, "gemm": work.gemm}
         t = medians(jobs, 3 * opt.repeats)  # short, so more of them
-        result |= {f"score_{name}_s": seconds for name, seconds in t.items()}
+        result |= told({f"score_{name}_s": seconds for name, seconds in t.items()})
         result["score_speedup"] = t["loop"] / t["ours"]
         result["score_vs_gemm"] = t["ours"] / t["gemm"]
     if "step" in opt.only:
-        say(f"{direction}: training step")
         jobs = {"ours": work.step_ours, "loop": work.step_loop, "encoders": work.encoders}
         t = medians(jobs | {"gemm": work.gemm}, opt.repeats)
-        floor = t["encoders"] + t["gemm"]
-        result |= {f"step_{name}_s": seconds for name, seconds in t.items()}
-        result |= {"step_speedup": t["loop"] / t["ours"], "step_vs_floor": t["ours"] / floor}
+        result |= told({f"step_{name}_s": seconds for name, seconds in t.items()})
+        result["step_speedup"] = t["loop"] / t["ours"]
+        result["step_vs_floor"] = t["ours"] / (t["encoders"] + t["gemm"])
     if "memory" in opt.only:
-        say(f"{direction}: peak memory")
-        for name in ("score_ours", "score_loop", "step_ours", "step_loop", "encoders"):
-            result[f"{name}_mib"] = peak_memory(name, direction, opt.quick, opt.device)
-        result["step_memory_ratio"] = result["step_loop_mib"] / result["step_ours_mib"]
+        names = ("score_ours", "score_loop", "step_ours", "step_loop", "encoders")
+        peaks = {f"{x}_mib": peak_memory(x, direction, opt.quick, opt.device) for x in names}
+        result |= told(peaks)
+        result["step_memory_ratio"] = peaks["step_loop_mib"] / peaks["step_ours_mib"]
     if "evalrank" in opt.only:
-        say(f"{direction}: evalrank, {size['images']} images x {5 * size['images']} captions")
-        result |= time_evalrank(size, direction, device, opt.repeats)
+        result |= told(time_evalrank(size, direction, device, opt.repeats))
     if "growth" in opt.only:
-        say(f"{direction}: growth")
         result["growth"] = []
         for n in [k for k in GROWTH if k <= 5 * size["images"]]:
             job = growth_job(n, size, direction, device)
             row = {"images": n, "captions": GROWTH_CAPTIONS}
             row["seconds"] = medians({"job": job}, opt.repeats)["job"]
             row["mib"] = peak_memory(f"growth{n}", direction, opt.quick, opt.device)
-            result["growth"].append(row)
+            result["growth"].append(told(row))
     return result
 
 

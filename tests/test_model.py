@@ -105,7 +105,7 @@ def test_block_size_does_not_matter(direction, max_violation, block, monkeypatch
 
 
 def test_sparse_backward_serves_a_score_with_weights():
-    """Any score: here with a weight of its own, a tensor without a gradient, and two an image."""
+    """Any score: here with a weight of its own, integers beside the words, and two an image."""
 
     def some(images, captions, paired):
         (a, b), (words, bias) = images, captions
@@ -122,7 +122,7 @@ def test_sparse_backward_serves_a_score_with_weights():
     g = torch.Generator().manual_seed(0)
     a, b = (torch.randn(6, 3, generator=g, dtype=torch.float64) for _ in range(2))
     words = torch.randn(6, 4, 3, generator=g, dtype=torch.float64)
-    bias = torch.randn(6, 4, generator=g, dtype=torch.float64)
+    bias = torch.randint(3, (6, 4), generator=g)
     weight = torch.randn(3, 3, generator=g, dtype=torch.float64)
     lengths = torch.tensor([4, 2, 2, 3, 4, 1])
     for max_violation in (True, False):
