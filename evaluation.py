@@ -31,11 +31,13 @@ FOLDS = 5
 
 
 def pick_device(name: str | torch.device | None) -> torch.device:
-    """The device of a name; 'auto' or None is CUDA where there is one."""
+    """The device of a name; 'auto' or None is CUDA where there is one, its own to each process."""
     if name in (None, "auto"):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
@@ -346,8 +348,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     opt = vars(parser.parse_args(argv))
     paper = opt.pop("paper")
-    with joined(pick_device(opt.pop("device"))) as device:
-        metrics = evalrank(opt.pop("checkpoint"), device=device, **opt)
+    opt["device"] = pick_device(opt["device"])
+    with joined(opt["device"]):
+        metrics = evalrank(opt.pop("checkpoint"), **opt)
         if paper:
             print_beside_paper(metrics, paper)
 

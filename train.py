@@ -124,7 +124,8 @@ class NoWriter:
 
 def main(argv: list[str] | None = None) -> None:
     opt = options.parse(argv)
-    with distributed.joined(pick_device(opt.device)) as device:
+    device = pick_device(opt.device)
+    with distributed.joined(device):
         fit(opt, device)
 
 

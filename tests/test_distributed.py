@@ -47,7 +47,8 @@ class Keep(torch.optim.SGD):
 def gradients_of_an_epoch(flags: list[str], out: str) -> None:
     """Writes the gradient of each batch, and the epoch's loss."""
     opt = options.parse(flags)
-    with distributed.joined(torch.device("cpu")) as device:
+    device = torch.device("cpu")
+    with distributed.joined(device):
         rank, world = distributed.rank(), distributed.world()
         vocab = deserialize_vocab("vocab/tiny_precomp_vocab.json")
         dataset = PrecompDataset("data/tiny_precomp", "train", vocab, opt.img_dim)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -141,6 +142,26 @@ def test_sparse_backward_serves_a_score_with_weights():
             results.append([scores.detach(), *(leaf.grad for leaf in leaves)])
         for got, want in zip(*results, strict=True):
             torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("direction", SCORE)
+def test_compiled_scores_are_the_same(direction, monkeypatch):
+    """What --compile hands to the compiler is traced whole; its back end needs a C++ compiler."""
+    images, captions, lengths = make(7, 7)
+    results = []
+    for compiled in (False, True):
+        if compiled:
+            monkeypatch.setattr(model, "attend", model.attend)  # to be restored
+            monkeypatch.setattr(
+                torch, "compile", partial(torch.compile, backend="eager", fullgraph=True)
+            )
+            model.compile_scores()
+        leaves = [x.clone().requires_grad_() for x in (images, captions)]
+        scores = SCORE[direction](*leaves, lengths)
+        ContrastiveLoss(0.2, True)(scores).backward()
+        results.append([scores, *(leaf.grad for leaf in leaves)])
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("direction", SCORE)

@@ -27,23 +27,16 @@ def world() -> int:
 
 
 @contextlib.contextmanager
-def joined(device: torch.device) -> Iterator[torch.device]:
-    """Join the other processes if torchrun started this one; gives the device of this process.
+def joined(device: torch.device) -> Iterator[None]:
+    """Join the other processes if torchrun started this one, whose device it is.
 
     Gathers go through NCCL on GPUs, one a process, and through gloo on CPUs. Only process 0 prints.
     A process that ends early makes the others end with an InputError.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # not torchrun
-        yield device
+        yield
         return
     if device.type == "cuda":
-        number = int(os.environ["LOCAL_RANK"])
-        if number >= torch.cuda.device_count():
-            raise InputError(
-                f"--nproc_per_node: process {number} has no GPU, there are "
-                f"{torch.cuda.device_count()}; start one process a GPU, or give --device cpu"
-            )
-        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     # Counts and lengths stay on the host, so gloo serves beside NCCL.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -52,7 +45,7 @@ def joined(device: torch.device) -> Iterator[torch.device]:
             quiet = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(quiet))
         try:
-            yield device
+            yield
         except RuntimeError as error:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
