@@ -137,6 +137,9 @@ def test_torchrun_trains_resumes_and_evaluates(tiny):
     train.main(train_args(model_name="one", logger_name="one", **options))  # goes on alone
     assert read_log("one")[-1]["Le"] == pytest.approx(read_log("run")[-1]["Le"], rel=0.1)
 
+    metrics = evaluation.evalrank("run/checkpoint_2.pth.tar", split="dev")
+    assert metrics["rsum"] == pytest.approx(read_log("run")[-1]["rsum"])
+
     path = "run/model_best.pth.tar"
     done = run(ROOT / "evaluation.py", path, "--split", "test", "--save_path", "two.npy")
     assert done.returncode == 0, done.stderr
