@@ -67,30 +67,45 @@ def gradients_of_an_epoch(flags: list[str], out: str) -> None:
         torch.save({"steps": optimizer.steps, "at": at}, f"{out}_{rank}.pt")
 
 
-def process(rank: int, world: int, port: int, flags: list[str], out: str) -> None:
-    """What torchrun sets for its process `rank`, and the epoch."""
+def stopped_in_validation(flags: list[str], out: str) -> None:
+    """A run whose process 1 alone gets a signal, while it validates; writes the exit status."""
+    if os.environ["RANK"] == "1":
+
+        def encode_data(*args):
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("validation went on")
+
+        train.encode_data = encode_data
+    try:
+        train.main(flags)
+    except SystemExit as stop:
+        Path(f"{out}_{os.environ['RANK']}").write_text(str(stop.code))
+
+
+def process(rank: int, world: int, port: int, job, flags: list[str], out: str) -> None:
+    """What torchrun sets for its process `rank`, and the job."""
     torch.set_num_threads(1)
     os.environ |= {"TORCHELASTIC_RUN_ID": "test", "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    gradients_of_an_epoch(flags, out)
+    job(flags, out)
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("world", "batch_size", "options"),
     [
-        {"cross_attn": "t2i", "vse_mean_warmup_epochs": 0},
-        {"cross_attn": "i2t", "vse_mean_warmup_epochs": 0, "no_false_negatives": True},
-        {"cross_attn": "t2i", "vse_mean_warmup_epochs": 1},
+        (2, 33, {"cross_attn": "t2i", "vse_mean_warmup_epochs": 0}),
+        (2, 33, {"cross_attn": "i2t", "vse_mean_warmup_epochs": 0, "no_false_negatives": True}),
+        (3, 49, {"cross_attn": "t2i", "vse_mean_warmup_epochs": 1}),
     ],
 )
-def test_loss_and_gradient_of_two_processes_are_those_of_one(tiny, options):
-    """100 pairs in batches of 33: odd shares, and a last batch of one pair for two processes."""
-    flags = train_args(batch_size=33, grad_clip=0, **options)
+def test_loss_and_gradient_are_those_of_one_process(tiny, world, batch_size, options):
+    """100 pairs: odd shares, and a last batch of one pair for two processes, of two for three."""
+    flags = train_args(batch_size=batch_size, grad_clip=0, **options)
     gradients_of_an_epoch(flags, "one")
-    mp.spawn(process, (2, free_port(), flags, "two"), nprocs=2)
-    one, *two = (torch.load(f"{name}.pt") for name in ("one_0", "two_0", "two_1"))
-    assert len(one["steps"]) == 4
-    for other in two:
+    mp.spawn(process, (world, free_port(), gradients_of_an_epoch, flags, "many"), nprocs=world)
+    one, *many = (torch.load(f) for f in ("one_0.pt", *(f"many_{k}.pt" for k in range(world))))
+    assert len(one["steps"]) == -(-100 // batch_size)
+    for other in many:
         assert other["at"]["loss_count"] == 100
         assert other["at"]["loss_sum"] == pytest.approx(one["at"]["loss_sum"], rel=1e-5)
         for want, got in zip(one["steps"], other["steps"], strict=True):
@@ -98,6 +113,14 @@ def test_loss_and_gradient_of_two_processes_are_those_of_one(tiny, options):
                 largest = gradient.abs().max()
                 assert (got[name] - gradient).abs().max() <= 1e-5 * largest, name
     assert all(g.abs().max() > 0 for g in one["steps"][0].values())
+
+
+def test_all_stop_when_one_is_told_to_while_validating(tiny):
+    flags = train_args(num_epochs=2)
+    mp.spawn(process, (2, free_port(), stopped_in_validation, flags, "code"), nprocs=2)
+    assert [Path(f"code_{k}").read_text() for k in (0, 1)] == [str(128 + signal.SIGTERM)] * 2
+    train.main(train_args(num_epochs=1, resume="run/interrupted.pth.tar"))
+    assert len(read_log("run")) == 1
 
 
 def test_batches_are_shared_out():

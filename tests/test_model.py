@@ -54,17 +54,34 @@ def test_score_equals_plain_loop(direction, norm, agg, unit):
 
 
 @pytest.mark.parametrize(("direction", "norm", "agg"), VARIANTS)
+@pytest.mark.parametrize("size", [5, 24])
 @pytest.mark.parametrize("max_violation", [True, False])
-def test_gradient_equals_plain_loop(direction, norm, agg, max_violation):
-    images, captions, lengths = make(5, 5)
+def test_gradient_equals_plain_loop(direction, norm, agg, size, max_violation):
+    """24 pairs with hardest negatives go through the sparse backward, the rest through blocks."""
+    images, captions, lengths = make(size, size)
+    loop = reference.xattn_score if size == 5 else reference.caption_loop
     grads = []
-    for score in (SCORE[direction], lambda *a: reference.xattn_score(direction, *a)):
+    for score in (SCORE[direction], lambda *a: loop(direction, *a)):
         leaves = [x.clone().requires_grad_() for x in (images, captions)]
         scores = score(*leaves, lengths, norm, agg, 4.0, 5.0)
         ContrastiveLoss(0.2, max_violation)(scores).backward()
         grads.append([leaf.grad for leaf in leaves])
     for got, want in zip(*grads, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize(("direction", "norm", "agg"), VARIANTS)
+@pytest.mark.parametrize("size", [1, 30])
+def test_sharp_attention_does_not_overflow(direction, norm, agg, size):
+    """Large temperatures, large dots, and a word that is opposed to every region."""
+    images, captions, lengths = make(4, 5)
+    captions[1, 0] = -l2norm(images.sum((0, 1)), -1)
+    lengths[1] = 1
+    images = images * size
+    for scale in (20.0, 90.0):
+        parts = direction, images, captions, lengths, norm, agg, scale, 100.0
+        got = SCORE[direction](*parts[1:])
+        torch.testing.assert_close(got, reference.caption_loop(*parts), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("direction", SCORE)

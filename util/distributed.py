@@ -40,12 +40,17 @@ def joined(device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
     # Counts and lengths stay on the host, so gloo serves beside NCCL.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    agreed = False  # do all processes end here?
     with contextlib.ExitStack() as stack:
         if rank() > 0:
             quiet = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(quiet))
         try:
             yield
+            agreed = True
+        except SystemExit:
+            agreed = True
+            raise
         except RuntimeError as error:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
@@ -53,7 +58,10 @@ def joined(device: torch.device) -> Iterator[None]:
                 f"process {rank()} of {world()}: lost another process of the run (its message is "
                 "above); checkpoints already written are whole, go on from the newest with --resume"
             ) from error
-    dist.destroy_process_group()
+        finally:
+            # gloo aborts the process if it is left standing; NCCL would wait for the others.
+            if agreed or device.type == "cpu":
+                dist.destroy_process_group()
 
 
 def barrier() -> None:
