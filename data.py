@@ -227,12 +227,13 @@ def get_train_loader(
 
     Process `rank` of `world` gets its share of each batch.
     """
+    cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     return DataLoader(
         dataset,
         batch_sampler=EpochSampler(len(dataset), batch_size, seed, rank, world),
         collate_fn=collate_fn,
         # More processes than cores only slow each other down; the published default is 10.
-        num_workers=min(workers, os.cpu_count() or 1),
+        num_workers=min(workers, cores),
         pin_memory=pin_memory,
         worker_init_fn=leave_signals_to_the_loop,
         # Of its own: seeding the workers must not draw from the state that a resume restores.

@@ -36,7 +36,11 @@ def pick_device(name: str | torch.device | None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+            if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+                raise InputError(
+                    f"--device {name}: each process takes a GPU of its own; give --device cuda"
+                )
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

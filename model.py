@@ -212,7 +212,10 @@ def attend(s: Tensor, gram: Tensor, query_length: Tensor, how: CrossAttention) -
     dot = mul(s, a).sum(key)  # like square
     length = square.clamp_min(floor**2).sqrt() * query_length  # like square
     # The Gram form loses its digits where the attended vector all but vanishes, and may come out
-    # below 0: the floors keep the gradients finite, and no cosine leaves [-1, 1].
+    # below 0: the floors keep the quotient finite, and no cosine leaves [-1, 1]. A vanished vector
+    # has cosine 0 and passes no gradient, as in l2norm; it would outweigh all others.
+    if dot.requires_grad:
+        dot = dot.masked_fill((square <= floor**2) | (query_length == 0), 0)  # like square
     cosine = (dot / length.clamp_min(floor)).clamp(-1, 1)  # like square
     return aggregate(cosine, 1 if how.words_query else 2, how.lambda_lse)  # (N, M)
 
@@ -328,6 +331,14 @@ def score_some(
     return scores.flatten() if paired else scores  # (p,) or (n, i)
 
 
+def add_rows(total: Tensor, rows: Tensor, x: Tensor) -> None:
+    """total[rows] += x, rows may repeat; in a fixed order, which index_add_ on CUDA has not."""
+    if total.is_cuda:
+        total.index_put_((rows,), x, accumulate=True)
+    else:
+        total.index_add_(0, rows, x)
+
+
 class SparseScore(torch.autograd.Function):
     """A score whose backward visits only the pairs that carry a gradient, a few at a time.
 
@@ -374,9 +385,9 @@ class SparseScore(torch.autograd.Function):
                 if k >= last:
                     totals[k] += g
                 elif k >= first:
-                    totals[k][:, :length].index_add_(0, caption, g)
+                    add_rows(totals[k][:, :length], caption, g)
                 elif paired:
-                    totals[k].index_add_(0, image, g)
+                    add_rows(totals[k], image, g)
                 else:
                     totals[k][image] += g
 

@@ -9,6 +9,7 @@ JSON line an epoch (log.jsonl) to --logger_name. Ctrl-C or SIGTERM saves interru
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -47,7 +48,7 @@ class Stop(BaseException):
 
 
 class StopSignal:
-    """Turns SIGINT and SIGTERM into a Stop at the next `check`; a `with` block is left at once.
+    """Turns SIGINT and SIGTERM into a Stop at the next `check`, or at once inside `with`.
 
     An optimizer step must not be torn; a validation, which changes nothing, may be left anywhere,
     for the check that follows it. Of several processes all stop at the same check. A second signal
@@ -69,7 +70,7 @@ class StopSignal:
         else:
             signal.signal(number, signal.default_int_handler)
         self.received = number
-        print(f"\n{signal.Signals(number).name}: saving and stopping ...", flush=True)
+        print(f"\n{signal.Signals(number).name}: stopping after this step ...", flush=True)
         if self.at_once:
             raise Stop
 
@@ -78,16 +79,15 @@ class StopSignal:
             signal.signal(number, handler)
 
     def check(self) -> None:
+        self.at_once = False
         if distributed.any_of(self.received is not None):
             raise Stop
 
     def __enter__(self):
-        self.check()
         self.at_once = True
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, *_):
         self.at_once = False
-        return kind is Stop
 
 
 class Average:
@@ -165,8 +165,12 @@ def fit(opt: argparse.Namespace, device: torch.device) -> None:
     distributed.barrier()  # all have read what process 0 may move aside now
     log_path = os.path.join(opt.logger_name, "log.jsonl")
     if rank == 0:
-        ckpt.prepare(opt.model_name, ("*.pth.tar",) if fresh else ())
-        ckpt.prepare(opt.logger_name, ("log.jsonl", "events.out.tfevents.*") if fresh else ())
+        weights, logs = ("*.pth.tar",), ("log.jsonl", "events.out.tfevents.*")
+        if os.path.realpath(opt.model_name) == os.path.realpath(opt.logger_name):
+            ckpt.prepare(opt.model_name, weights + logs if fresh else ())
+        else:
+            ckpt.prepare(opt.model_name, weights if fresh else ())
+            ckpt.prepare(opt.logger_name, logs if fresh else ())
         forget_epochs_from(at["epoch"], log_path)
 
     def save(name: str, is_best: bool = False) -> None:
@@ -327,7 +331,8 @@ def validate(
 ) -> dict:
     """Metrics on dev under their published TensorBoard tags (`r1` ... `meanri`, `rsum`)."""
     start = time.time()
-    with stop:
+    stop.check()
+    with contextlib.suppress(Stop), stop:  # left for the check, where all processes meet
         scores = score_matrix(model, *encode_data(model, dev_set), n_captions=dev_set.n_captions)
     stop.check()
     distributed.add_up(torch.from_numpy(scores))
@@ -403,7 +408,7 @@ def restore(
         optimizer.load_state_dict(run_state["optimizer"])
         torch.set_rng_state(run_state["rng"])
         if torch.cuda.is_available() and run_state["cuda_rng"]:
-            torch.cuda.set_rng_state_all(run_state["cuda_rng"])
+            torch.cuda.set_rng_state_all(run_state["cuda_rng"][: torch.cuda.device_count()])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{opt.resume}: its run state does not fit ({type(error).__name__}: {error}); "

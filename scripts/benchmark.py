@@ -1,6 +1,6 @@
 """What SCAN costs here: our scoring, training step and evaluation beside the usual loop.
 
-    python scripts/benchmark.py              # the paper's size; some 20 minutes
+    python scripts/benchmark.py              # the paper's size; some 25 minutes
     python scripts/benchmark.py --quick      # small, a minute: a look, not a figure to quote
     python scripts/benchmark.py --json       # one JSON object on stdout and nothing else
     python scripts/benchmark.py --plot a.png # the growth with the number of images, too

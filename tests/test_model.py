@@ -221,6 +221,23 @@ def test_degenerate_vectors_have_finite_scores_and_gradients(direction, norm, ag
 
 
 @pytest.mark.parametrize(("direction", "norm", "agg"), VARIANTS)
+@pytest.mark.parametrize(("scale", "bound"), [(4.0, 1e4), (20.0, 1e8)])
+def test_empty_rows_do_not_outweigh_the_others(direction, norm, agg, scale, bound):
+    """Zero regions, words and images, not normalised: their gradient does not stop training.
+
+    Attention e^-20 to all but an empty row makes that row's own gradient large in truth.
+    """
+    images, captions, lengths = make(8, 8, dtype=torch.float32)
+    images[0] = 0
+    images[3, 2:] = 0
+    captions[5, 1] = 0
+    lengths[5] = 4
+    images.requires_grad_(), captions.requires_grad_()
+    SCORE[direction](images, captions, lengths, norm, agg, scale).sum().backward()
+    assert images.grad.norm() < bound and captions.grad.norm() < bound
+
+
+@pytest.mark.parametrize(("direction", "norm", "agg"), VARIANTS)
 def test_nearly_vanishing_attended_vectors(direction, norm, agg):
     """Opposite rows cancel: cosines stay in [-1, 1], gradients sane, digits as far as they go."""
     g = torch.Generator().manual_seed(1)

@@ -187,7 +187,7 @@ def test_second_run_in_one_folder_loses_nothing(tiny, capsys):
     train.main(train_args(num_epochs=1, seed=5))
     assert (tiny / "run" / "earlier_1" / "checkpoint_0.pth.tar").read_bytes() == before
     assert "run holds an earlier run: 2 files moved to run/earlier_1" in capsys.readouterr().out
-    assert len(read_log("run")) == len(read_log("run/earlier_2")) == 1
+    assert len(read_log("run")) == len(read_log("run/earlier_1")) == 1
 
 
 def test_resuming_earlier_rewrites_the_log(tiny):

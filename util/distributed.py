@@ -55,8 +55,10 @@ def joined(device: torch.device) -> Iterator[None]:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
             raise InputError(
-                f"process {rank()} of {world()}: lost another process of the run (its message is "
-                "above); checkpoints already written are whole, go on from the newest with --resume"
+                f"process {rank()} of {world()}: lost another process of the run; why stands near "
+                "this line, or as an exit code in torchrun's report below; checkpoints already "
+                "written, if any, are whole: go on from the newest with --resume "
+                f"({str(error).splitlines()[0]})"
             ) from error
         finally:
             # gloo aborts the process if it is left standing; NCCL would wait for the others.
