@@ -186,7 +186,7 @@ def test_second_run_in_one_folder_loses_nothing(tiny, capsys):
     before = (tiny / "run" / "checkpoint_0.pth.tar").read_bytes()
     train.main(train_args(num_epochs=1, seed=5))
     assert (tiny / "run" / "earlier_1" / "checkpoint_0.pth.tar").read_bytes() == before
-    assert "run holds an earlier run: 2 files moved to run/earlier_1" in capsys.readouterr().out
+    assert "run holds an earlier run: 4 files moved to run/earlier_1" in capsys.readouterr().out
     assert len(read_log("run")) == len(read_log("run/earlier_1")) == 1
 
 
