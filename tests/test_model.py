@@ -82,6 +82,8 @@ def test_sharp_attention_does_not_overflow(direction, norm, agg, size):
         parts = direction, images, captions, lengths, norm, agg, scale, 100.0
         got = SCORE[direction](*parts[1:])
         torch.testing.assert_close(got, reference.caption_loop(*parts), rtol=1e-6, atol=1e-6)
+        single = SCORE[direction](images.float(), captions.float(), *parts[3:])
+        assert torch.isfinite(single).all()
 
 
 @pytest.mark.parametrize("direction", SCORE)
