@@ -144,19 +144,23 @@ class Work:
         torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
 
 
-def medians(jobs: dict[str, Callable], repeats: int, warm_up: bool = True) -> dict[str, float]:
-    """Median seconds of each job, all run once before and then in turns."""
+def medians(jobs: dict[str, Callable], repeats: int, again: bool = True) -> dict[str, float]:
+    """Median seconds of each job, in turns; with `again`, of a run right after one not timed.
+
+    So each job finds memory and caches as in a loop of its own, not as the one before it left them.
+    """
     times = {name: [] for name in jobs}
-    for turn in range(0 if warm_up else 1, repeats + 1):
+    for _ in range(repeats):
         for name, job in jobs.items():
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            job()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if turn:  # the first warms up
-                times[name].append(time.perf_counter() - start)
+            for timed in (False, True) if again else (True,):
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                start = time.perf_counter()
+                job()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                if timed:
+                    times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -228,7 +232,7 @@ def time_evalrank(size: dict, direction: str, device: torch.device, repeats: int
                 return evaluation.evalrank(path, folder, "test", device=device)
 
         metrics = []
-        seconds = medians({"ours": lambda: metrics.append(ours())}, repeats, warm_up=False)["ours"]
+        seconds = medians({"ours": lambda: metrics.append(ours())}, repeats, again=False)["ours"]
         start = time.perf_counter()
         published = published_evalrank(path, folder, size["batch"], device)
         loop = time.perf_counter() - start
