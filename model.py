@@ -1,8 +1,8 @@
 """SCAN: two encoders, stacked cross attention, and the ranking loss that its successors share.
 
 Lee et al., Stacked Cross Attention for Image-Text Matching, ECCV 2018 (arXiv:1803.08024).
-Letters: I images, C captions, R regions, W words, D joint dimension, P pairs; in attention N query
-items of Q rows each and M key items of K rows each (t2i: words query regions; i2t: regions, words).
+Letters: I images, C captions, R regions, W words, D joint dimension, P pairs; in attention M
+images, N captions of W words, queries Q and keys K (t2i: words query regions; i2t: regions, words).
 """
 
 import math
@@ -276,13 +276,10 @@ def score_all(
     captions: tuple[Tensor],
     cap_lens: Tensor,
     how: CrossAttention,
-    block: int | None = None,
 ) -> Tensor:
     """Scores (I, C) of all images and captions, no graph kept; see xattn_score for the tuples."""
     regions, *gram = images
-    if block is None:
-        block = block_size(regions.device)
-    regions_of = regions.size(1)
+    block, regions_of = block_size(regions.device), regions.size(1)
     images_of = max(1, min(len(regions), 64, block // regions_of))
     size = max(1, block // (images_of * regions_of))
     chunks, order = packed_words(*captions, cap_lens, how, size)

@@ -47,6 +47,7 @@ PAPER = {"img_dim": 2048, "embed_size": 1024, "word_dim": 300, "batch": 128, "im
 QUICK = {"img_dim": 256, "embed_size": 256, "word_dim": 64, "batch": 32, "images": 60}
 REGIONS, WORDS, N_VOCAB = 36, (9, 21), 8481
 GROWTH, GROWTH_CAPTIONS = (250, 500, 1000, 2000, 5000), 250
+LAMBDAS = {"t2i": (9.0, 6.0), "i2t": (4.0, 5.0)}  # of softmax and LogSumExp, as in the paper
 PARTS = ("scoring", "step", "memory", "evalrank", "growth")
 
 
@@ -80,14 +81,14 @@ class Work:
         torch.manual_seed(0)
         self.direction, n = direction, size["batch"]
         names = ("img_dim", "word_dim", "embed_size")
-        of_paper = {"t2i": (9.0, 6.0), "i2t": (4.0, 5.0)}[direction]
+        lambda_softmax, lambda_lse = LAMBDAS[direction]
         self.model = SCAN(
             N_VOCAB,
             **{name: size[name] for name in names},
             bi_gru=True,
             cross_attn=direction,
-            lambda_softmax=of_paper[0],
-            lambda_lse=of_paper[1],
+            lambda_softmax=lambda_softmax,
+            lambda_lse=lambda_lse,
         ).to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=2e-4, fused=True)
         lengths = torch.randint(WORDS[0], WORDS[1] + 1, (n,))
@@ -213,11 +214,11 @@ def published_evalrank(path: str, data_path: str, batch_size: int, device: torch
 
 def time_evalrank(size: dict, direction: str, device: torch.device, repeats: int) -> dict:
     """evalrank end to end, files and encoding included; the published procedure runs once."""
-    of_paper = {"t2i": [9, 6], "i2t": [4, 5]}[direction]
+    lambda_softmax, lambda_lse = LAMBDAS[direction]
     with tempfile.TemporaryDirectory() as folder:
         vocab = write_split(Path(folder) / "noise_precomp", size["images"], size["img_dim"])
         flags = f"--data_name noise_precomp --cross_attn {direction} --bi_gru "
-        flags += f"--lambda_softmax {of_paper[0]} --lambda_lse {of_paper[1]} "
+        flags += f"--lambda_softmax {lambda_softmax} --lambda_lse {lambda_lse} "
         flags += " ".join(f"--{k} {size[k]}" for k in ("img_dim", "embed_size", "word_dim"))
         opt = options.parse(flags.split())
         torch.manual_seed(0)
