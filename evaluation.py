@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import checkpoint as ckpt
 from data import PrecompDataset, collate_fn
-from model import length_groups
+from pairs import length_groups
 from util.cli import InputError, progress, run
 from util.distributed import add_up, joined, rank, world
 

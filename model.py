@@ -6,7 +6,7 @@ images, N captions of W words, queries Q and keys K (t2i: words query regions; i
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from pairs import block_size, pair_scores
 
 EPS = 1e-8
 
@@ -94,17 +96,25 @@ def choose(table: dict, name: str, flag: str):
 
 
 class WeightNormLinear(nn.Module):
-    """A linear layer whose weight is g v / |v| with one scalar g for the whole matrix."""
+    """A linear layer whose weight is g v / |v|: one g for the whole matrix, or one `per_row`."""
 
-    def __init__(self, in_features: int, out_features: int):
+    def __init__(self, in_features: int, out_features: int, per_row: bool = False):
         super().__init__()
         plain = nn.Linear(in_features, out_features)
+        self.per_row = per_row
         self.bias = plain.bias
-        self.weight_g = nn.Parameter(plain.weight.detach().norm())
+        self.weight_g = nn.Parameter(self._norm(plain.weight.detach()))
         self.weight_v = plain.weight
 
+    def _norm(self, v: Tensor) -> Tensor:
+        return v.norm(dim=1, keepdim=True) if self.per_row else v.norm()  # (out, 1) or ()
+
+    @property
+    def weight(self) -> Tensor:
+        return self.weight_v * (self.weight_g / self._norm(self.weight_v))  # (out, in)
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight_v * (self.weight_g / self.weight_v.norm()), self.bias)
+        return F.linear(x, self.weight, self.bias)
 
 
 class EncoderImage(nn.Module):
@@ -176,24 +186,16 @@ class CrossAttention(NamedTuple):
     lambda_lse: float = 6.0
 
 
-def attend(s: Tensor, gram: Tensor, query_length: Tensor, how: CrossAttention) -> Tensor:
-    """Scores (N, M) of N captions of W words and M images, from their dots s (N, W, M, R).
+def attention(s: Tensor, how: CrossAttention) -> tuple[Tensor, float]:
+    """Attention of each query to the keys from dots s (N, W, M, R), times the same for all keys.
 
-    gram holds the dots among the keys: t2i (M, R, R) among each image's regions, i2t (N, W, W)
-    among each caption's words. query_length holds the norms of the query rows: t2i (N, W, 1), i2t
-    (M, R), or with an N or M more where a caption meets one image only. Overwrites s where no graph
-    is kept.
-
-    The attended vector c = sum_k a_k k is never built: q.c = sum_k a_k s_k, and |c|^2 = a' G a. The
-    softmax's denominator cancels in the cosine, so a is left unnormalised. Both directions of
-    section 3.1 are this function, i-t with regions as queries, t-i with words.
+    The softmax's denominator cancels in a cosine, so it is left out; the second result is 1e-8 in
+    its unit. Leaves s as it is.
     """
     query, key = (1, 3) if how.words_query else (3, 1)  # their dimensions in s
     norm = choose(RAW_FEATURE_NORM, how.raw_feature_norm, "raw_feature_norm")
-    aggregate = choose(AGG_FUNC, how.agg_func, "agg_func")
     # Without a graph each pass writes over its input: a second buffer would leave the cache.
     exp, mul = (Tensor.exp, Tensor.mul) if s.requires_grad else (Tensor.exp_, Tensor.mul_)
-
     a = norm.before(s, query)  # like s
     scale = how.lambda_softmax
     a = mul(a, norm.over(a, query, scale) if norm.over else scale)
@@ -202,7 +204,37 @@ def attend(s: Tensor, gram: Tensor, query_length: Tensor, how: CrossAttention) -
         floor *= math.exp(-scale)  # the least that the denominator can be
     else:  # exp would overflow
         a = a - a.detach().amax(key, keepdim=True)
-    a = exp(a)  # like s
+    return exp(a), floor
+
+
+def cosine(dot: Tensor, square: Tensor, query_length: Tensor, floor: float) -> Tensor:
+    """dot / (query_length * sqrt(square)): of a query and what it attends to, of that square.
+
+    A square in Gram form loses its digits where the attended vector all but vanishes, and may come
+    out below 0: the floor keeps the quotient finite, and no cosine leaves [-1, 1]. A vanished
+    vector has cosine 0 and passes no gradient, as in l2norm; it would outweigh all others.
+    """
+    length = square.clamp_min(floor**2).sqrt() * query_length  # like square
+    if dot.requires_grad:
+        dot = dot.masked_fill((square <= floor**2) | (query_length == 0), 0)  # like square
+    return (dot / length.clamp_min(floor)).clamp(-1, 1)  # like square
+
+
+def attend(s: Tensor, gram: Tensor, query_length: Tensor, how: CrossAttention) -> Tensor:
+    """Scores (N, M) of N captions of W words and M images, from their dots s (N, W, M, R).
+
+    gram holds the dots among the keys: t2i (M, R, R) among each image's regions, i2t (N, W, W)
+    among each caption's words. query_length holds the norms of the query rows: t2i (N, W, 1), i2t
+    (M, R), or with an N or M more where a caption meets one image only. Overwrites s where no graph
+    is kept.
+
+    The attended vector c = sum_k a_k k is never built: q.c = sum_k a_k s_k, and |c|^2 = a' G a.
+    Both directions of section 3.1 are this function, i-t with regions as queries, t-i with words.
+    """
+    key = 3 if how.words_query else 1
+    aggregate = choose(AGG_FUNC, how.agg_func, "agg_func")
+    mul = Tensor.mul if s.requires_grad else Tensor.mul_
+    a, floor = attention(s, how)  # like s
     if how.words_query:
         rows = a.flatten(0, 1).transpose(0, 1)  # (M, N W, R)
         g = (rows @ gram).transpose(0, 1).view(s.shape)  # (N, W, M, R)
@@ -210,36 +242,14 @@ def attend(s: Tensor, gram: Tensor, query_length: Tensor, how: CrossAttention) -
         g = (gram @ a.flatten(2)).view(s.shape)  # (N, W, M, R)
     square = mul(g, a).sum(key)  # (N, W, M) or (N, M, R)
     dot = mul(s, a).sum(key)  # like square
-    length = square.clamp_min(floor**2).sqrt() * query_length  # like square
-    # The Gram form loses its digits where the attended vector all but vanishes, and may come out
-    # below 0: the floors keep the quotient finite, and no cosine leaves [-1, 1]. A vanished vector
-    # has cosine 0 and passes no gradient, as in l2norm; it would outweigh all others.
-    if dot.requires_grad:
-        dot = dot.masked_fill((square <= floor**2) | (query_length == 0), 0)  # like square
-    cosine = (dot / length.clamp_min(floor)).clamp(-1, 1)  # like square
-    return aggregate(cosine, 1 if how.words_query else 2, how.lambda_lse)  # (N, M)
+    x = cosine(dot, square, query_length, floor)  # like square
+    return aggregate(x, 1 if how.words_query else 2, how.lambda_lse)  # (N, M)
 
 
 def compile_scores() -> None:
     """Let torch.compile fuse the passes of attend, for the rest of this process (--compile)."""
     global attend
     attend = torch.compile(attend, dynamic=True)
-
-
-def block_size(device: torch.device) -> int:
-    """Numbers in one block of work: few enough for a CPU's cache, enough to fill a GPU.
-
-    From the device's size, not from what is free: rounding must not differ from run to run.
-    """
-    if device.type == "cuda":
-        return min(2**27, torch.cuda.get_device_properties(device).total_memory // 128)
-    return 2**22
-
-
-def length_groups(lengths: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(length, positions of the captions of that length), shortest first."""
-    for length in lengths.unique().tolist():
-        yield length, (lengths == length).nonzero().squeeze(1)
 
 
 def packed_words(
@@ -305,11 +315,7 @@ def score_all(
 def score_some(
     images: tuple[Tensor, ...], captions: tuple[Tensor], paired: bool, how: CrossAttention
 ) -> Tensor:
-    """Scores, with a graph, of captions (n, W, D) of one length and some images.
-
-    (n, i) of all pairs, or with `paired`, where images and captions are as many, (p,) of each image
-    with the caption of its row.
-    """
+    """Scores, with a graph, of captions of one length and some images; see pair_scores."""
     (regions, *gram), (words,) = images, captions
     lengths = (words if how.words_query else regions).norm(dim=2)  # (n, W) or (i, R)
     if paired:
@@ -328,92 +334,13 @@ def score_some(
     return scores.flatten() if paired else scores  # (p,) or (n, i)
 
 
-def add_rows(total: Tensor, rows: Tensor, x: Tensor) -> None:
-    """total[rows] += x, rows may repeat; in a fixed order, which index_add_ on CUDA has not."""
-    if total.is_cuda:
-        total.index_put_((rows,), x, accumulate=True)
-    else:
-        total.index_add_(0, rows, x)
-
-
-class SparseScore(torch.autograd.Function):
-    """A score whose backward visits only the pairs that carry a gradient, a few at a time.
-
-    The forward keeps no graph. With hardest negatives at most 3 B of the B^2 scores have a
-    gradient: those pairs are scored again with a graph, and it runs through them only. Where more
-    than a quarter of the pairs have one (the summed hinge early in training), all are scored again,
-    block by block. The gradient is that of the plain score, in a fraction of time and memory.
-
-    SparseScore.apply(every, some, cap_lens, n_images, n_captions, *tensors) gives (I, C). The
-    tensors are n_images tensors of I rows, n_captions tensors (C, W, ...), and the weights that the
-    score itself has, if any. `every(images, captions, cap_lens)` scores all pairs; `some(images,
-    captions, paired)` scores captions of one length as score_some does.
-    """
-
-    @staticmethod
-    def forward(ctx, every, some, cap_lens, n_images, n_captions, *tensors):
-        ctx.save_for_backward(*tensors)
-        ctx.some, ctx.cap_lens, ctx.counts = some, cap_lens, (n_images, n_images + n_captions)
-        return every(tensors[:n_images], tensors[n_images : n_images + n_captions], cap_lens)
-
-    @staticmethod
-    def backward(ctx, grad):
-        first, last = ctx.counts
-        tensors = ctx.saved_tensors
-        wanted = [k for k, needed in enumerate(ctx.needs_input_grad[5:]) if needed]
-        totals = [torch.zeros_like(x) if k in wanted else None for k, x in enumerate(tensors)]
-        # Sizes of the parts: what they gather, or their dots, should stay in the cache too.
-        block = block_size(grad.device) // 2
-
-        def add(image, caption, length: int, part: Tensor, paired: bool) -> None:
-            """Add the gradients through the scores of some captions and images (or a slice)."""
-            inputs = [x[image] for x in tensors[:first]]
-            inputs += [x[caption, :length] for x in tensors[first:last]]
-            inputs = [x.detach().requires_grad_(k in wanted) for k, x in enumerate(inputs)]
-            with torch.enable_grad():
-                scores = ctx.some(tuple(inputs[:first]), tuple(inputs[first:]), paired)
-            inputs += tensors[last:]
-            grads = torch.autograd.grad(
-                scores, [inputs[k] for k in wanted], part, allow_unused=True
-            )
-            for k, g in zip(wanted, grads, strict=True):
-                if g is None:
-                    continue
-                if k >= last:
-                    totals[k] += g
-                elif k >= first:
-                    add_rows(totals[k][:, :length], caption, g)
-                elif paired:
-                    add_rows(totals[k], image, g)
-                else:
-                    totals[k][image] += g
-
-        pairs = grad.nonzero()  # (P, 2)
-        if 4 * len(pairs) < grad.numel():
-            size = max(1, block // tensors[0][0].numel())
-            for length, where in length_groups(ctx.cap_lens[pairs[:, 1].cpu()]):
-                for one in where.split(size):
-                    image, caption = pairs[one.to(grad.device)].unbind(1)  # (p,)
-                    add(image, caption, length, grad[image, caption], True)
-        else:
-            for length, where in length_groups(ctx.cap_lens):
-                for caption in where.to(grad.device).split(16):
-                    size = max(1, block // (len(caption) * length * tensors[0].size(1)))
-                    for start in range(0, len(grad), size):
-                        image = slice(start, start + size)
-                        add(image, caption, length, grad[image, caption].mT, False)
-        return None, None, None, None, None, *totals
-
-
 def xattn_score(images: Tensor, captions: Tensor, cap_lens: Tensor, how: CrossAttention) -> Tensor:
     """Scores (I, C) of all pairs, with the sparse backward where a gradient is wanted."""
     cap_lens = torch.as_tensor(cap_lens).cpu()
     # What the score reads of the images: regions, and for t2i the dots among them, once a step.
     images = (images, images @ images.mT) if how.words_query else (images,)
-    if torch.is_grad_enabled() and (images[0].requires_grad or captions.requires_grad):
-        every, some = partial(score_all, how=how), partial(score_some, how=how)
-        return SparseScore.apply(every, some, cap_lens, len(images), 1, *images, captions)
-    return score_all(images, (captions,), cap_lens, how)
+    every, some = partial(score_all, how=how), partial(score_some, how=how)
+    return pair_scores(every, some, images, (captions,), cap_lens)
 
 
 def xattn_score_t2i(

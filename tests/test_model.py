@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import model
+import pairs
 from model import (
     AGG_FUNC,
     RAW_FEATURE_NORM,
@@ -101,7 +102,7 @@ def test_sparse_backward_visits_few_pairs(direction, max_violation, monkeypatch)
         return scores
 
     monkeypatch.setattr(model, "score_some", counted)
-    monkeypatch.setattr(model, "block_size", lambda device: 500)
+    monkeypatch.setattr(pairs, "block_size", lambda device: 500)
     scores = SCORE[direction](images, captions, lengths)
     ContrastiveLoss(5.0, max_violation)(scores).backward()
     assert len(seen) > 4
@@ -115,7 +116,8 @@ def test_block_size_does_not_matter(direction, max_violation, block, monkeypatch
     images, captions, lengths = make(7, 7)
     results = []
     for size in (2**22, block):
-        monkeypatch.setattr(model, "block_size", lambda device, size=size: size)
+        for module in (model, pairs):
+            monkeypatch.setattr(module, "block_size", lambda device, size=size: size)
         leaves = [x.clone().requires_grad_() for x in (images, captions)]
         scores = SCORE[direction](*leaves, lengths)
         ContrastiveLoss(0.2, max_violation)(scores).backward()
@@ -127,16 +129,17 @@ def test_block_size_does_not_matter(direction, max_violation, block, monkeypatch
 def test_sparse_backward_serves_a_score_with_weights():
     """Any score: here with a weight of its own, integers beside the words, and two an image."""
 
-    def some(images, captions, paired):
+    def some(images, captions, paired, weight):
         (a, b), (words, bias) = images, captions
         rows = (words.sum(1) @ weight + bias.sum(1)[:, None]).tanh()  # (n, D)
         scores = (rows[:, None] * (a * b)[None]).sum(2)  # (n, i)
         return scores.diagonal() if paired else scores
 
-    def every(images, captions, lengths):
+    def every(images, captions, lengths, weight):
         parts = []
         for words, bias, length in zip(*captions, lengths, strict=True):
-            parts.append(some(images, (words[None, :length], bias[None, :length]), False))
+            some_captions = words[None, :length], bias[None, :length]
+            parts.append(some(images, some_captions, False, weight))
         return torch.cat(parts).mT
 
     g = torch.Generator().manual_seed(0)
@@ -152,11 +155,9 @@ def test_sparse_backward_serves_a_score_with_weights():
             weight = leaves[3]
             images, captions = tuple(leaves[:2]), (leaves[2], bias)
             if sparse:
-                scores = model.SparseScore.apply(
-                    every, some, lengths, 2, 2, *images, *captions, weight
-                )
+                scores = pairs.pair_scores(every, some, images, captions, lengths, (weight,))
             else:
-                scores = every(images, captions, lengths)
+                scores = every(images, captions, lengths, weight)
             ContrastiveLoss(0.5, max_violation)(scores).backward()
             results.append([scores.detach(), *(leaf.grad for leaf in leaves)])
         for got, want in zip(*results, strict=True):
