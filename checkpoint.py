@@ -8,6 +8,7 @@ an exact resume needs).
 import argparse
 import contextlib
 import glob
+import inspect
 import numbers
 import os
 import pickle
@@ -20,12 +21,19 @@ import torch
 from torch import nn
 
 import options
+from gsmn import GSMN
 from model import SCAN
 from util.cli import InputError
 from vocab import Vocabulary, deserialize_vocab
 
+# Their arguments are options of the same names.
+MODELS = {"scan": SCAN, "gsmn": GSMN}
+
 # The parts of a model in the order of the published list of state dicts.
-PARTS = {"scan": ("img_enc", "txt_enc")}
+PARTS = {
+    "scan": ("img_enc", "txt_enc"),
+    "gsmn": ("img_enc", "txt_enc", "visual_graph", "textual_graph"),
+}
 
 # What published files hold beside tensors. Nothing here runs code of the file's choosing.
 SAFE = [argparse.Namespace, np.dtype, np.float64, np.float32, np.int64]
@@ -38,23 +46,10 @@ SAFE += [
 
 def build_model(opt: argparse.Namespace, vocab_size: int) -> nn.Module:
     """The model that the options describe, freshly initialised from torch's random state."""
+    kind = MODELS[opt.model]
+    names = list(inspect.signature(kind).parameters)[1:]  # all but vocab_size
     try:
-        return SCAN(
-            vocab_size,
-            img_dim=opt.img_dim,
-            word_dim=opt.word_dim,
-            embed_size=opt.embed_size,
-            num_layers=opt.num_layers,
-            bi_gru=opt.bi_gru,
-            precomp_enc_type=opt.precomp_enc_type,
-            no_imgnorm=opt.no_imgnorm,
-            no_txtnorm=opt.no_txtnorm,
-            cross_attn=opt.cross_attn,
-            raw_feature_norm=opt.raw_feature_norm,
-            agg_func=opt.agg_func,
-            lambda_softmax=opt.lambda_softmax,
-            lambda_lse=opt.lambda_lse,
-        )
+        return kind(vocab_size, **{name: getattr(opt, name) for name in names})
     except ValueError as error:  # an unknown variant, named by the model
         raise InputError(f"--{str(error).removeprefix('unknown ')}") from None
 
@@ -102,11 +97,11 @@ def recognise(states: list[dict]) -> str:
 
 
 def read_architecture(states: list[dict]) -> dict:
-    """The options of SCAN's encoders that the shapes of their weights tell."""
-    image, text = states
+    """The options that the shapes of the encoders' and the graphs' weights tell."""
+    image, text, *graphs = states
     weight = image.get("fc.weight", image.get("fc.weight_v"))
     layers = [key for key in text if key.startswith("rnn.weight_ih") and "reverse" not in key]
-    return {
+    known = {
         "img_dim": weight.shape[1],
         "embed_size": weight.shape[0],
         "word_dim": text["embed.weight"].shape[1],
@@ -114,6 +109,11 @@ def read_architecture(states: list[dict]) -> dict:
         "bi_gru": "rnn.weight_ih_l0_reverse" in text,
         "precomp_enc_type": "weight_norm" if "fc.weight_v" in image else "basic",
     }
+    if graphs:
+        conv = graphs[1]["graph_convolution_3.conv_weights.0.weight"]
+        known["feat_dim"] = known["num_block"] = conv.shape[1]
+        known["out_dim"], known["hid_dim"] = graphs[1]["out_2.weight_v"].shape
+    return known
 
 
 def load(path: str, device: str | torch.device = "cpu") -> dict:

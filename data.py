@@ -1,22 +1,27 @@
 """Precomputed region features and captions, read lazily; batches; loaders.
 
 `DATA_PATH/DATA_NAME/` holds per split `{split}_ims.npy` (rows, R, F), `{split}_caps.txt` and,
-optionally, `{split}_ids.txt`. Letters: B batch, R regions, F numbers a region, W words.
+optionally, `{split}_ids.txt`; for GSMN boxes and dependencies too (see GraphDataset). Letters: B
+batch, R regions, F numbers a region, W words.
 """
 
+import argparse
+import json
 import os
 import signal
 import threading
 from array import array as flat_array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from util.cli import InputError, progress
+from util.plain_pickle import load_objects
 from vocab import Vocabulary, read_captions
 
 DEV_CAPTIONS = 5000  # the published programs validate on the first 5,000 captions
@@ -78,7 +83,8 @@ class PrecompDataset(Dataset):
     def __init__(self, data_path: str, data_split: str, vocab: Vocabulary, img_dim: int):
         stem = os.path.join(data_path, data_split)
         self.path = f"{stem}_ims.npy"
-        captions = read_captions(f"{stem}_caps.txt")
+        text = self._caption_file(stem)
+        captions = read_captions(text)
         self.images = open_array(self.path, ndim=3)  # (rows, R, F)
         rows, _, found = self.images.shape
         if found != img_dim:
@@ -88,7 +94,7 @@ class PrecompDataset(Dataset):
             )
         if rows == 0 or len(captions) % rows:
             raise InputError(
-                f"{stem}_caps.txt: {len(captions)} captions for the {rows} rows of {self.path}; "
+                f"{text}: {len(captions)} captions for the {rows} rows of {self.path}; "
                 "expected a multiple (usually 5 captions an image, image by image)"
             )
         self.stride = repeats(self.images, len(captions) // rows)  # rows an image takes
@@ -99,21 +105,32 @@ class PrecompDataset(Dataset):
         self.n_images = self.n_captions // self.k
         self.ids = self._read_ids(f"{stem}_ids.txt", rows)
 
-        empty = [row for row, caption in enumerate(captions, 1) if not caption]
-        if empty:
-            print(
-                f"warning: {stem}_caps.txt: {len(empty)} empty captions (first at line {empty[0]})"
-                ", kept as <start> <end>"
-            )
         # One flat array: forked loader workers share it, where a list of objects would be copied.
         words, lengths = flat_array("i"), []
-        for caption in progress(captions, f"tokenising {data_split}"):
-            ids = vocab.encode(caption)
+        for ids in self._word_ids(progress(captions, f"tokenising {data_split}"), text, vocab):
             words.extend(ids)
             lengths.append(len(ids))
         self.lengths = torch.tensor(lengths)  # (n_captions,)
         self.words = torch.from_numpy(np.array(words, dtype=np.int32))
         self.start = self.lengths.cumsum(0) - self.lengths  # (n_captions,)
+
+    def _caption_file(self, stem: str) -> str:
+        return f"{stem}_caps.txt"
+
+    def _word_ids(
+        self, captions: Iterable[str], path: str, vocab: Vocabulary
+    ) -> Iterator[list[int]]:
+        """Word ids of each line of a caption file."""
+        empty = []
+        for row, caption in enumerate(captions, 1):
+            if not caption:
+                empty.append(row)
+            yield vocab.encode(caption)
+        if empty:
+            print(
+                f"warning: {path}: {len(empty)} empty captions (first at line {empty[0]}), kept as "
+                "<start> <end>"
+            )
 
     def _read_ids(self, path: str, rows: int) -> list[str] | None:
         if not os.path.isfile(path):
@@ -153,14 +170,196 @@ class PrecompDataset(Dataset):
         return self.image_item(image) | self.caption_item(caption) | where
 
 
+class GraphDataset(PrecompDataset):
+    """GSMN's split: images come with their boxes, captions with their dependency graphs.
+
+    Boxes `{split}_ims_bbx.npy` (rows, R, 4) in pixels (left, top, right, bottom), and the images'
+    sizes `{split}_ims_size.npy`, a structured array or a pickled array of dicts with image_w and
+    image_h. Word ids from `{split}_precaps_stan.txt` where there is one, else from the captions.
+    With `dependencies`, `{split}_caps.json`: a list of [governor, dependent] a caption, positions
+    in its word ids, the first pair the root. util/dependency_parser.py writes the last two.
+
+    With `published_boxes`, the batch size of a published evaluation, image n comes with the boxes
+    that it got there: those of the image of caption n, divided by its size again at each access.
+    """
+
+    def __init__(
+        self,
+        data_path: str,
+        data_split: str,
+        vocab: Vocabulary,
+        img_dim: int,
+        dependencies: bool = False,
+        published_boxes: int | None = None,
+    ):
+        super().__init__(data_path, data_split, vocab, img_dim)
+        stem = os.path.join(data_path, data_split)
+        rows, regions, _ = self.images.shape
+        self.box_path = f"{stem}_ims_bbx.npy"
+        self.boxes = open_array(self.box_path, ndim=3)  # (rows, R, 4)
+        if self.boxes.shape != (rows, regions, 4):
+            raise InputError(
+                f"{self.box_path}: boxes of shape {self.boxes.shape}, but {self.path} holds {rows} "
+                f"images of {regions} regions; expected ({rows}, {regions}, 4)"
+            )
+        self.sizes = read_sizes(f"{stem}_ims_size.npy", rows)  # (rows, 2)
+        self.published_boxes = published_boxes
+        self.pairs = None
+        if dependencies:
+            self._read_dependencies(f"{stem}_caps.json")
+
+    def _caption_file(self, stem: str) -> str:
+        path = f"{stem}_precaps_stan.txt"
+        self.precomputed = os.path.isfile(path)
+        return path if self.precomputed else super()._caption_file(stem)
+
+    def _word_ids(
+        self, captions: Iterable[str], path: str, vocab: Vocabulary
+    ) -> Iterator[list[int]]:
+        if not self.precomputed:
+            yield from super()._word_ids(captions, path, vocab)
+            return
+        for row, line in enumerate(captions, 1):
+            try:
+                ids = [int(number) for number in line.split(",")]
+            except ValueError:
+                raise InputError(
+                    f"{path}: line {row} is {line[:40]!r}, expected word ids such as 1,5,17,2; "
+                    "make the file again with util/dependency_parser.py"
+                ) from None
+            if min(ids) < 0 or max(ids) >= len(vocab):
+                raise InputError(
+                    f"{path}: line {row} has word ids from {min(ids)} to {max(ids)}, the "
+                    f"vocabulary {len(vocab)} words; give --vocab_path that of the ids"
+                )
+            yield ids
+
+    def _read_dependencies(self, path: str) -> None:
+        """Fill self.pairs (all, 2), those of caption n from self.pair_start[n] to [n + 1]."""
+        if not os.path.isfile(path):
+            raise FileNotFoundError(
+                f"{path}: no dependencies, which --is_sparse needs; make them with "
+                "`python util/dependency_parser.py`"
+            )
+        try:
+            with open(path, encoding="utf-8") as file:
+                lists = json.load(file)
+        except ValueError as error:
+            raise InputError(f"{path}: not a JSON file ({error}); make it again") from None
+        found = len(lists) if isinstance(lists, list) else "no list of"
+        whole = len(self.images) // self.stride * self.k  # dev may be cut
+        if found not in (whole, self.n_captions):
+            raise InputError(f"{path}: {found} captions, expected {whole}, as in its caption file")
+        flat, ends, past = flat_array("i"), [0], []
+        for row, (pairs, length) in enumerate(zip(lists, self.lengths.tolist(), strict=False), 1):
+            if not isinstance(pairs, list) or not all(
+                isinstance(pair, list)
+                and len(pair) == 2
+                and all(type(x) is int and 0 <= x < 2**31 for x in pair)
+                for pair in pairs
+            ):
+                raise InputError(
+                    f"{path}: caption {row}: expected a list of [governor, dependent], positions "
+                    f"from 0 on, found {str(pairs)[:60]}"
+                )
+            for pair in pairs[1:]:  # the first is the root
+                if max(pair) < length:
+                    flat.extend(pair)
+                else:
+                    past.append((row, pair, length))
+            ends.append(len(flat) // 2)
+        if past:
+            row, pair, length = past[0]
+            first = f"{path}: caption {row}: dependency {pair} is past its {length} words"
+            if not self.precomputed:
+                raise InputError(
+                    f"{first}; the words were split in another way: make both files again with "
+                    "util/dependency_parser.py"
+                )
+            print(f"warning: {first}; {len(past)} such pairs are left out, as published")
+        self.pairs = torch.from_numpy(np.array(flat, dtype=np.int32)).view(-1, 2)
+        self.pair_start = torch.tensor(ends)
+
+    def image_item(self, image: int) -> dict[str, Tensor]:
+        """{'images': (R, F), 'boxes': (R, 4)}: the boxes in parts of the image's size."""
+        row, times = image * self.stride, 1
+        if self.published_boxes:
+            # Two passes over the loader divide in place, and a batch sees what its last item left.
+            k = self.k // self.stride  # captions a row
+            row, batch = image // k, image // self.published_boxes
+            times = k + min(k * (row + 1), (batch + 1) * self.published_boxes) - k * row
+        boxes = self.boxes[row].astype(np.float32)  # (R, 4)
+        if not np.isfinite(boxes).all():
+            raise InputError(f"{self.box_path}: row {row} (from 0) holds NaN or Inf")
+        for _ in range(times):
+            boxes /= np.tile(self.sizes[row], 2)
+        return super().image_item(image) | {"boxes": torch.from_numpy(boxes)}
+
+    def caption_item(self, caption: int) -> dict[str, Tensor]:
+        """{'captions': (W,)} and, with dependencies, 'adjacency' (W, W), identity included."""
+        item = super().caption_item(caption)
+        if self.pairs is None:
+            return item
+        adjacency = torch.zeros(len(item["captions"]), len(item["captions"]))  # (W, W)
+        start, end = self.pair_start[caption : caption + 2]
+        governor, dependent = self.pairs[start:end].long().unbind(1)
+        adjacency[governor, dependent] = adjacency[dependent, governor] = 1
+        return item | {"adjacency": adjacency + torch.eye(len(adjacency))}
+
+
+def read_sizes(path: str, rows: int) -> np.ndarray:
+    """Widths and heights (rows, 2) of `{split}_ims_size.npy`, float32; see GraphDataset."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"{path}: no such file; GSMN needs the images' sizes, a row an image with image_w "
+            "and image_h (util/convert_data.py writes it)"
+        )
+    sizes = load_objects(path)
+    if len(sizes) != rows or sizes.ndim != 1:
+        raise InputError(f"{path}: sizes of shape {sizes.shape}, expected {rows}, one an image")
+    try:
+        pairs = [(float(size["image_w"]), float(size["image_h"])) for size in sizes]
+    except (TypeError, KeyError, IndexError, ValueError):
+        raise InputError(
+            f"{path}: expected rows with numbers image_w and image_h, found {str(sizes[0])[:60]}"
+        ) from None
+    sizes = np.array(pairs, np.float32)
+    wrong = ~(np.isfinite(sizes) & (sizes > 0)).all(1)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise InputError(f"{path}: row {row} (from 0): an image of {pairs[row]} pixels")
+    return sizes
+
+
+def open_split(
+    folder: str,
+    split: str,
+    vocab: Vocabulary,
+    opt: argparse.Namespace,
+    published_boxes: int | None = None,
+) -> PrecompDataset:
+    """The dataset that the system of the options reads."""
+    if opt.model == "gsmn":
+        return GraphDataset(folder, split, vocab, opt.img_dim, opt.is_sparse, published_boxes)
+    return PrecompDataset(folder, split, vocab, opt.img_dim)
+
+
 def collate_fn(items: list[dict]) -> dict[str, Tensor]:
-    """Items to a batch: images (B, R, F), captions (B, W) padded with 0, lengths, indices (B,)."""
+    """Items to a batch: images (B, R, F), captions (B, W) padded with 0, lengths, indices (B,).
+
+    A caption's 'adjacency' (W, W) is padded with 0 too.
+    """
     batch = {}
     for name in items[0]:
         values = [item[name] for item in items]
         if name == "captions":
             batch["lengths"] = torch.tensor([len(v) for v in values])  # (B,)
             batch[name] = pad_sequence(values, batch_first=True)  # (B, W)
+        elif name == "adjacency":
+            longest = max(map(len, values))
+            batch[name] = torch.stack(
+                [F.pad(x, (0, longest - len(x), 0, longest - len(x))) for x in values]
+            )  # (B, W, W)
         elif isinstance(values[0], Tensor):
             batch[name] = default_collate(values)  # in a worker, straight into shared memory
         else:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint as ckpt
-from data import PrecompDataset, collate_fn
+from data import PrecompDataset, collate_fn, open_split
 from pairs import length_groups
 from util.cli import InputError, progress, run
 from util.distributed import add_up, joined, rank, world
@@ -233,6 +233,7 @@ def model_scores(
     vocab_path: str | None,
     device: torch.device,
     batch_size: int | None,
+    published_boxes: bool,
 ) -> np.ndarray:
     """Score matrix (N, M) of one checkpoint on one split; see evalrank."""
     checkpoint = ckpt.load(model_path)
@@ -243,7 +244,9 @@ def model_scores(
     model.to(device)
     print("Loading dataset")
     folder = find_data(data_path or opt.data_path, opt.data_name)
-    dataset = PrecompDataset(folder, split, vocab, opt.img_dim)
+    if published_boxes and opt.model != "gsmn":
+        raise InputError(f"{model_path}: a {opt.model} model; published_boxes is for GSMN")
+    dataset = open_split(folder, split, vocab, opt, opt.batch_size if published_boxes else None)
     if folds > dataset.n_images:
         raise InputError(f"{folder}: {dataset.n_images} images of {split}, too few for five folds")
     print("Computing results...")
@@ -265,6 +268,7 @@ def evalrank(
     save_path: str | None = None,
     device: str | torch.device | None = None,
     batch_size: int | None = None,
+    published_boxes: bool = False,
 ) -> dict:
     """Evaluate a checkpoint, or the mean score of several, and print the published lines.
 
@@ -272,7 +276,8 @@ def evalrank(
     With `fold5` the metrics are means over five equal parts of the split (COCO 1K of testall), and
     the parts stand under 'folds'; without it testall is COCO 5K. `save_path` writes the score
     matrix (n_images, n_captions), whole even with fold5, as float32 .npy. `batch_size` only bounds
-    the encoders' memory.
+    the encoders' memory. `published_boxes` gives GSMN the boxes that its published evaluation uses,
+    those of other images and all but zero, to compare with figures taken so.
 
     Returns {'i2t': {'r1', 'r5', 'r10', 'medr', 'meanr'}, 't2i': {...}, 'ar', 'ari', 'rsum'},
     recalls in percent, ranks from 1. Raises FileNotFoundError or ValueError naming what is wrong.
@@ -291,7 +296,14 @@ def evalrank(
     scores = None
     for path in map(os.fspath, paths):
         part = model_scores(
-            path, data_path, split, 1 if save_path else folds, vocab_path, device, batch_size
+            path,
+            data_path,
+            split,
+            1 if save_path else folds,
+            vocab_path,
+            device,
+            batch_size,
+            published_boxes,
         )
         if scores is not None and part.shape != scores.shape:
             raise InputError(
@@ -343,6 +355,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--save_path", help="write the score matrix here (.npy)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--batch_size", type=int, help="of the encoders; default: as in training")
+    parser.add_argument(
+        "--published_boxes",
+        action="store_true",
+        help="GSMN: score with the boxes of the published evaluation, to compare with its figures",
+    )
     parser.add_argument(
         "--paper",
         type=float,

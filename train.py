@@ -24,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import checkpoint as ckpt
 import options
-from data import PrecompDataset, get_train_loader
+from data import PrecompDataset, get_train_loader, open_split
 from evaluation import (
     METRICS,
     encode_data,
@@ -139,8 +139,8 @@ def fit(opt: argparse.Namespace, device: torch.device) -> None:
     vocab = read_vocab(opt, resumed)
     opt.vocab_size = len(vocab)
     folder = find_data(opt.data_path, opt.data_name)
-    train_set = PrecompDataset(folder, "train", vocab, opt.img_dim)
-    dev_set = PrecompDataset(folder, "dev", vocab, opt.img_dim)
+    train_set = open_split(folder, "train", vocab, opt)
+    dev_set = open_split(folder, "dev", vocab, opt)
     pin = device.type == "cuda"
     loader = get_train_loader(
         train_set, opt.batch_size, opt.workers, opt.seed, pin_memory=pin, rank=rank, world=world
