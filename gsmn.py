@@ -291,16 +291,14 @@ def textual_edges(
 ) -> Tensor:
     """Edges of the textual graph: (C, W, W) with `neighbours`, else (C, W).
 
-    words (C, W, D); lengths (C,); adjacency (C, W, W), the dependency pairs both ways plus the
-    identity, or None for the dense graph. The edges are e = softmax_j(scale t_i.t_j) (equation 1),
-    for the sparse graph times the adjacency and divided by the L2 norm over j (equation 2). As
-    published a node's own vector is multiplied with sum_j e_ij a_ij / sum_j e_ij, which is 1 unless
-    a word depends on itself.
+    words (C, W, D); lengths (C,) on the host; adjacency (C, W, W), the dependency pairs both ways
+    plus the identity, or None for the dense graph. The edges are e = softmax_j(scale t_i.t_j)
+    (equation 1), for the sparse graph times the adjacency and divided by the L2 norm over j
+    (equation 2). As published a node's own vector is multiplied with sum_j e_ij a_ij / sum_j e_ij,
+    which is 1 unless a word depends on itself.
     """
-    inside = torch.arange(words.size(1)) < lengths.cpu()[:, None]  # (C, W)
-    inside = inside.to(words.device)
-    with torch.autocast(words.device.type, enabled=False):
-        e = scale * (words @ words.mT)  # (C, W, W)
+    inside = (torch.arange(words.size(1)) < lengths[:, None]).to(words.device)  # (C, W)
+    e = scale * (words @ words.mT)  # (C, W, W)
     e = e.masked_fill(~inside[:, None], -math.inf).softmax(2)  # (C, W, W)
     e = e * inside[:, :, None]  # (C, W, W)
     if adjacency is None:
@@ -365,32 +363,30 @@ class GSMN(nn.Module):
         return {"regions": self.img_enc(batch["images"]), "edges": edges}
 
     def encode_captions(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch['captions'] (C, W), 'lengths' (C,) -> {'words': (C, W, D), 'lengths', 'edges'}.
+        """batch['captions'] (C, W), batch['lengths'] (C,) -> {'words': (C, W, D), 'lengths'}.
 
-        The sparse graph also reads batch['adjacency'] (C, W, W). The published dense graph has no
-        edges: see textual_edges.
+        For the sparse graph also batch['adjacency'] (C, W, W), passed on.
         """
-        lengths = batch["lengths"]
-        words = self.txt_enc(batch["captions"], lengths)  # (C, W, D)
-        encoded = {"words": words, "lengths": lengths}
-        if self.is_sparse or self.how.neighbours:
-            adjacency = batch["adjacency"] if self.is_sparse else None
-            encoded["edges"] = textual_edges(
-                words, lengths, adjacency, self.how.lambda_softmax, self.how.neighbours
-            )
-        return encoded
+        words = self.txt_enc(batch["captions"], batch["lengths"])
+        encoded = {"words": words, "lengths": batch["lengths"]}
+        return encoded | ({"adjacency": batch["adjacency"]} if self.is_sparse else {})
 
     def similarity(self, images: dict[str, Tensor], captions: dict[str, Tensor]) -> Tensor:
         """Scores (I, C) of every encoded image with every encoded caption."""
-        b, regions = self.how.num_block, images["regions"]
-        tensors = regions, block_keys(regions, b), block_norms(regions, b), images["edges"]
-        some_captions = tuple(captions[name] for name in ("words", "edges") if name in captions)
+        how = self.how
+        regions, words = images["regions"], captions["words"]
+        lengths = torch.as_tensor(captions["lengths"]).cpu()
+        edges = ()
+        if self.is_sparse or how.neighbours:  # else they would be 1: see textual_edges
+            adjacency = captions.get("adjacency")
+            edges = (textual_edges(words, lengths, adjacency, how.lambda_softmax, how.neighbours),)
+        norms, keys = block_norms(regions, how.num_block), block_keys(regions, how.num_block)
         return pair_scores(
-            partial(score_all, how=self.how),
-            partial(score_some, how=self.how),
-            tensors,
-            some_captions,
-            torch.as_tensor(captions["lengths"]).cpu(),
+            partial(score_all, how=how),
+            partial(score_some, how=how),
+            (regions, keys, norms, images["edges"]),
+            (words, *edges),
+            lengths,
             (*self.textual_graph.weights(), *self.visual_graph.weights()),
-            per_dot=b,
+            per_dot=how.num_block,
         )

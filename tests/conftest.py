@@ -31,6 +31,23 @@ def write_split(
     (folder / f"{split}_caps.txt").write_text("".join(f"{c}\n" for c in captions))
 
 
+def write_graphs(folder: Path, split: str, words: vocab.Vocabulary) -> None:
+    """What GSMN reads besides: boxes, sizes, word ids, and a chain of dependencies a caption."""
+    n, regions, _ = np.load(folder / f"{split}_ims.npy", mmap_mode="r").shape
+    rng = np.random.default_rng(n)
+    sizes = rng.integers(200, 600, (n, 2))
+    corners = np.sort(rng.random((n, regions, 2, 2)), axis=2) * sizes[:, None, None]
+    boxes = corners.reshape(n, regions, 4)  # left, top, right, bottom
+    np.save(folder / f"{split}_ims_bbx.npy", boxes.astype(np.float32))
+    kind = [("image_w", "<i8"), ("image_h", "<i8")]
+    np.save(folder / f"{split}_ims_size.npy", np.array([tuple(s) for s in sizes], kind))
+    ids = [words.encode(c) for c in (folder / f"{split}_caps.txt").read_text().splitlines()]
+    lines = [",".join(map(str, row)) for row in ids]
+    (folder / f"{split}_precaps_stan.txt").write_text("".join(f"{x}\n" for x in lines))
+    chains = [[[i, i + 1] for i in range(len(row) - 2)] for row in ids]
+    (folder / f"{split}_caps.json").write_text(json.dumps(chains))
+
+
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """A working directory with data/tiny_precomp (train, dev, test) and its vocabulary."""
@@ -41,6 +58,15 @@ def tiny(tmp_path, monkeypatch):
         write_split(folder, split, n)
     vocab.main(["--data_path", "data", "--data_name", "tiny_precomp"])
     return tmp_path
+
+
+@pytest.fixture
+def tiny_graphs(tiny):
+    """The same with boxes and graphs."""
+    words = vocab.deserialize_vocab("vocab/tiny_precomp_vocab.json")
+    for split in ("train", "dev", "test"):
+        write_graphs(tiny / "data" / "tiny_precomp", split, words)
+    return tiny
 
 
 TRAIN = (

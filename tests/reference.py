@@ -115,3 +115,135 @@ def ranks(scores: np.ndarray) -> tuple[list[int], list[int]]:
     for j in range(m):
         t2i.append(sum(scores[i, j] >= scores[j // k, j] for i in range(n) if i != j // k))
     return i2t, t2i
+
+
+def block_cosines(q: Tensor, c: Tensor, num_block: int) -> Tensor:
+    """Cosines (..., B) of q and c (..., D), block by block."""
+    q, c = (x.unflatten(-1, (num_block, -1)) for x in (q, c))  # (..., B, D / B)
+    return (q * c).sum(-1) / (q.norm(dim=-1) * c.norm(dim=-1)).clamp_min(1e-8)
+
+
+def gsmn_nodes(queries: Tensor, keys: Tensor, scale: float, num_block: int) -> Tensor:
+    """Node vectors (Q, B) of one pair: queries (Q, D) attend to keys (K, D)."""
+    attention = torch.softmax(scale * normalise(queries @ keys.T, "clipped_l2norm"), 1)  # (Q, K)
+    return block_cosines(queries, attention @ keys, num_block)
+
+
+def gaussians(kernels: torch.nn.Module, boxes: Tensor) -> Tensor:
+    """w_ijk (R, R, K) of one image's boxes (R, 4), not normalised."""
+    w = boxes.new_zeros(len(boxes), len(boxes), len(kernels.mean_rho))
+    for i, one in enumerate(boxes):
+        for j, other in enumerate(boxes):
+            dx, dy = (one[:2] + one[2:]) / 2 - (other[:2] + other[2:]) / 2
+            rho, theta = (dx**2 + dy**2).sqrt(), torch.atan2(dx, dy)
+            for k in range(w.size(2)):
+                d = (theta - kernels.mean_theta[k, 0]).abs()
+                d = torch.minimum(d, (2 * np.pi - d).abs())
+                rho_part = (rho - kernels.mean_rho[k, 0]) ** 2
+                rho_part = rho_part / (2 * (1e-14 + kernels.precision_rho[k, 0] ** 2))
+                theta_part = d**2 / (2 * (1e-14 + kernels.precision_theta[k, 0] ** 2))
+                w[i, j, k] = torch.exp(-rho_part) * torch.exp(-theta_part)
+    return w
+
+
+def graph_score(
+    nodes: Tensor, w: Tensor, a: Tensor, graph: torch.nn.Module, neighbours: bool
+) -> Tensor:
+    """One graph's score: nodes (V, B), kernel weights w (V, V, K), a (V, V); sums written out."""
+    convolution = next(iter(graph.children()))
+    total = 0
+    for i in range(len(nodes)):
+        parts = []
+        for k, linear in enumerate(convolution.conv_weights):
+            vector = torch.zeros_like(nodes[i])
+            for j in range(len(nodes)):
+                vector = vector + w[i, j, k] * a[i, j] * nodes[j if neighbours else i]
+            parts.append(linear(vector))
+        h = torch.cat(parts)
+        h = h.tanh() if neighbours else h
+        total = total + graph.out_2(graph.out_1(h).tanh()).mean()
+    return total / len(nodes)
+
+
+def gsmn_pair(
+    model: torch.nn.Module, image: Tensor, boxes: Tensor, words: Tensor, pairs: list | None
+) -> Tensor:
+    """GSMN's score of one pair: regions (R, D), boxes (R, 4), words (W, D), dependencies.
+
+    `pairs` are [governor, dependent], the root's first; None is the dense graph.
+    """
+    num_block, scale, neighbours = model.how
+    # Textual graph.
+    e = torch.softmax(scale * words @ words.T, 1)  # (W, W)
+    a = torch.ones_like(e)
+    if pairs is not None:
+        a = torch.zeros_like(e)
+        for governor, dependent in pairs[1:]:
+            if max(governor, dependent) < len(words):
+                a[governor, dependent] = a[dependent, governor] = 1
+        a = a + torch.eye(len(words), dtype=a.dtype)
+        a = a.clamp(max=1) if neighbours else a
+        e = e * a
+        e = e / (e.norm(dim=1, keepdim=True) + 1e-8)
+    if neighbours:
+        w, a = e[:, :, None].expand(-1, -1, 8), torch.ones_like(e)
+    else:
+        w = e[:, :, None] * model.textual_graph.graph_convolution_3.params[:, 0]  # (W, W, K)
+        w = w / w.sum(1, keepdim=True)
+    nodes = gsmn_nodes(words, image, scale, num_block)
+    score = graph_score(nodes, w, a, model.textual_graph, neighbours)
+    # Visual graph.
+    w = gaussians(model.visual_graph.graph_convolution_1, boxes)  # (R, R, K)
+    w = w / w.sum(1 if neighbours else 2, keepdim=True)
+    nodes = gsmn_nodes(image, words, scale, num_block)
+    return score + graph_score(nodes, w, w.new_ones(w.shape[:2]), model.visual_graph, neighbours)
+
+
+def gsmn_caption_loop(
+    model: torch.nn.Module, images: dict[str, Tensor], captions: dict[str, Tensor], boxes: Tensor
+) -> Tensor:
+    """Dense GSMN, all images at once, one caption after the other: (I, C); for the benchmark.
+
+    The order of operations is that of the published program: the caption is copied beside every
+    image, attended vectors are built in both directions, each node's vector is copied once a
+    neighbour, and the kernels' weights, computed once a caption, add the copies up.
+    """
+    regions = images["regions"]
+    num_block, scale, _ = model.how
+    visual = model.visual_graph.graph_convolution_1
+    centre = (boxes[..., :2] + boxes[..., 2:]) / 2  # (I, R, 2)
+    dx, dy = (centre[:, :, None] - centre[:, None]).unbind(-1)  # (I, R, R)
+    rho, theta = (dx**2 + dy**2).sqrt(), torch.atan2(dx, dy)
+
+    def nodes(queries: Tensor, keys: Tensor) -> Tensor:
+        weights = normalise(keys @ queries.mT, "clipped_l2norm", 2).mT.contiguous()  # (I, Q, K)
+        attention = torch.softmax(scale * weights, 2)  # (I, Q, K)
+        attended = (keys.mT.contiguous() @ attention.mT.contiguous()).mT  # (I, Q, D)
+        return block_cosines(queries, attended, num_block)  # (I, Q, B)
+
+    def structure(x: Tensor, w: Tensor, graph: torch.nn.Module) -> Tensor:
+        convolution = next(iter(graph.children()))
+        n, v, _ = x.shape
+        copies = x[:, :, None].repeat(1, 1, v, 1).flatten(0, 1)  # (I V, V, B)
+        sums = w.mT @ copies  # (I V, K, B)
+        parts = [linear(sums[:, k]) for k, linear in enumerate(convolution.conv_weights)]
+        h = graph.out_2(graph.out_1(torch.cat(parts, 1)).tanh())  # (I V, 1)
+        return h.view(n, -1).mean(1)  # (I,)
+
+    scores = []
+    for caption, length in zip(captions["words"], captions["lengths"].tolist(), strict=True):
+        words = caption[:length].repeat(len(regions), 1, 1)  # (I, W, D)
+        e = torch.softmax(scale * words[:1] @ words[:1].mT, 2)  # (1, W, W)
+        e = e.repeat(len(regions), 1, 1).flatten(0, 1)[:, :, None]  # (I W, W, 1)
+        w = e * model.textual_graph.graph_convolution_3.params[:, 0]  # (I W, W, K)
+        w = w / w.sum(1, keepdim=True)
+        score = structure(nodes(words, regions), w, model.textual_graph)  # (I,)
+
+        d = (theta.reshape(-1, 1) - visual.mean_theta[:, 0]).abs()  # (I R R, K)
+        d = torch.minimum(d, (2 * np.pi - d).abs())
+        g = (rho.reshape(-1, 1) - visual.mean_rho[:, 0]) ** 2
+        g = torch.exp(-0.5 * g / (1e-14 + visual.precision_rho[:, 0] ** 2))
+        g = g * torch.exp(-0.5 * d**2 / (1e-14 + visual.precision_theta[:, 0] ** 2))
+        g = (g / g.sum(1, keepdim=True)).view(-1, regions.size(1), g.size(1))  # (I R, R, K)
+        scores.append(score + structure(nodes(regions, words), g, model.visual_graph))
+    return torch.stack(scores, 1)

@@ -12,7 +12,7 @@ import checkpoint as ckpt
 import evaluation
 import options
 import train
-from data import PrecompDataset
+from data import open_split
 from tests.conftest import GOLDEN
 
 
@@ -36,9 +36,26 @@ def test_scores_and_metrics(case):
     close(scores, want["sims"], 1e-5)
     assert evaluation.i2t(scores, True)[1][0].tolist() == want["ranks_i2t"].tolist()
     assert evaluation.t2i(scores, True)[1][0].tolist() == want["ranks_t2i"].tolist()
+    same_metrics(metrics, info["metrics"])
+
+
+def same_metrics(got, want):
     for way in ("i2t", "t2i"):
-        assert metrics[way] == pytest.approx(info["metrics"][way], abs=1e-6)
-    assert metrics["rsum"] == pytest.approx(info["metrics"]["rsum"], abs=1e-4)
+        assert got[way] == pytest.approx(want[way], abs=1e-6)
+    assert got["rsum"] == pytest.approx(want["rsum"], abs=1e-4)
+
+
+def test_published_boxes(case):
+    info, want = case
+    if info["system"] != "gsmn":
+        with pytest.raises(ValueError, match="published_boxes is for GSMN"):
+            evaluation.evalrank("init.pth.tar", split="test", published_boxes=True)
+        return
+    metrics = evaluation.evalrank(
+        "init.pth.tar", split="test", published_boxes=True, save_path="sims.npy"
+    )
+    close(np.load("sims.npy"), want["sims_published_boxes"], 1e-5)
+    same_metrics(metrics, info["metrics_published_boxes"])
 
 
 def test_embeddings(case):
@@ -47,7 +64,7 @@ def test_embeddings(case):
     words = ckpt.find_vocab(state, "init.pth.tar")
     net = ckpt.build_model(state["opt"], len(words))
     ckpt.load_weights(net, state, "init.pth.tar")
-    data = PrecompDataset("data/f30k_precomp", "test", words, info["options"]["img_dim"])
+    data = open_split("data/f30k_precomp", "test", words, state["opt"])
     images, captions = evaluation.encode_data(net, data)
     close(images["regions"][0].numpy(), want["image_embedding_0"], 1e-6)
     (first,) = [g["words"][g["index"] == 0][0] for g in captions if (g["index"] == 0).any()]
@@ -56,7 +73,7 @@ def test_embeddings(case):
 
 def test_training_steps(case):
     info, want = case
-    chosen = options.defaults("scan")
+    chosen = options.defaults(info["system"])
     chosen |= {name: value for name, value in info["options"].items() if name in chosen}
     chosen |= {"resume": "init.pth.tar", "reset_start_epoch": True, "num_epochs": info["steps"]}
     chosen |= {"model_name": "out", "logger_name": "log", "log_step": 1}

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch.fx.experimental import _config
 
+import gsmn
+from gsmn import GSMN
 from model import AGG_FUNC, RAW_FEATURE_NORM, SCAN, ContrastiveLoss, score_some
 
 
@@ -46,6 +48,33 @@ def test_a_step_stays_on_its_device(direction, norm, agg, all_nonzero):
     with torch.inference_mode():
         images, captions = model(batch())
         assert model.similarity(images, captions).device.type == "meta"
+
+
+@pytest.mark.parametrize("is_sparse", [False, True])
+@pytest.mark.parametrize("neighbours", [False, True])
+def test_a_step_of_gsmn_stays_on_its_device(is_sparse, neighbours, all_nonzero):
+    with torch.device("meta"):
+        model = GSMN(
+            20, 12, 8, 32, num_block=4, feat_dim=4, is_sparse=is_sparse, neighbours=neighbours
+        )
+        graphs = {"boxes": torch.empty(6, 5, 4), "adjacency": torch.empty(6, 7, 7)}
+    images, captions = model(batch() | graphs)
+    scores = model.similarity(images, captions)
+    assert scores.device.type == "meta" and scores.shape == (6, 6)
+    ContrastiveLoss(0.2)(scores).backward()
+    for p in model.parameters():
+        assert not p.requires_grad or p.grad.device.type == "meta" and p.grad.shape == p.shape
+    one = tuple(torch.empty(6, *x, device="meta") for x in ((5, 32), (5, 32), (5, 4)))
+    edges = torch.empty(6, *((8, 5, 5) if neighbours else (5, 8)), device="meta")
+    words = torch.empty(6, 4, 32, device="meta", requires_grad=True)
+    weights = *model.textual_graph.weights(), *model.visual_graph.weights()
+    captions = (words,)
+    if is_sparse or neighbours:
+        captions += (torch.empty(6, *((4, 7) if neighbours else (4,)), device="meta"),)
+    scores = gsmn.score_some((*one, edges), captions, True, *weights, how=model.how)
+    assert scores.device.type == "meta" and scores.shape == (6,)
+    scores.sum().backward()
+    assert words.grad.shape == words.shape
 
 
 @pytest.mark.parametrize("direction", ["t2i", "i2t"])
