@@ -219,6 +219,10 @@ class GraphDataset(PrecompDataset):
         if not self.precomputed:
             yield from super()._word_ids(captions, path, vocab)
             return
+        stem = path.removesuffix("_precaps_stan.txt")
+        text = super()._caption_file(stem)
+        texts = read_captions(text) if os.path.isfile(text) else []
+        words = same = 0
         for row, line in enumerate(captions, 1):
             try:
                 ids = [int(number) for number in line.split(",")]
@@ -232,7 +236,15 @@ class GraphDataset(PrecompDataset):
                     f"{path}: line {row} has word ids from {min(ids)} to {max(ids)}, the "
                     f"vocabulary {len(vocab)} words; give --vocab_path that of the ids"
                 )
+            if row <= min(len(texts), 100):  # split in another way, perhaps, but mostly alike
+                again = vocab.encode(texts[row - 1])
+                words, same = words + len(ids), same + len(set(ids) & set(again))
             yield ids
+        if words > 4 * same:
+            print(
+                f"warning: {path} does not fit {text} in this vocabulary: it was made with another "
+                "vocabulary, or from other captions"
+            )
 
     def _read_dependencies(self, path: str) -> None:
         """Fill self.pairs (all, 2), those of caption n from self.pair_start[n] to [n + 1]."""

@@ -8,4 +8,4 @@ data_name=coco_precomp
 paper="72.7 94.8 98.4 58.8 88.4 94.8"
 paper_5k="50.4 82.2 90.0 38.6 69.3 80.4"
 pair=(scan_coco_t2i_avg scan_coco_i2t_lse)
-source "$(dirname "$0")/scan_ensemble.sh"
+source "$(dirname "$0")/ensemble.sh"

@@ -7,4 +7,4 @@ title="SCAN t-i AVG + i-t LSE, Flickr30K, 1,000 test images"
 data_name=f30k_precomp
 paper="67.4 90.3 95.8 48.6 77.7 85.2"
 pair=(scan_f30k_t2i_avg scan_f30k_i2t_lse)
-source "$(dirname "$0")/scan_ensemble.sh"
+source "$(dirname "$0")/ensemble.sh"

@@ -5,4 +5,4 @@ title="SCAN i-t LSE, Flickr30K, 1,000 test images"
 data_name=f30k_precomp
 paper="67.7 88.9 94.0 44.0 74.2 82.6"
 flags=(--cross_attn i2t --agg_func LogSumExp --lambda_lse 5 --lambda_softmax 4)
-source "$(dirname "$0")/scan_row.sh"
+source "$(dirname "$0")/row.sh"

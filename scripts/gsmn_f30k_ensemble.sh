@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# GSMN dense + sparse on Flickr30K, from the two trained models:
+#   bash scripts/gsmn_f30k_ensemble.sh DATA_PATH [CHECKPOINT CHECKPOINT]
+# For published weights name the two checkpoints.
+name=gsmn_f30k_ensemble
+title="GSMN dense + sparse, Flickr30K, 1,000 test images"
+data_name=f30k_precomp
+paper=""
+paper_5k=""
+pair=(gsmn_f30k_dense gsmn_f30k_sparse)
+source "$(dirname "$0")/ensemble.sh"
