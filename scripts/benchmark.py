@@ -1,13 +1,14 @@
-"""What SCAN costs here: our scoring, training step and evaluation beside the usual loop.
+"""What training and evaluation cost here: ours beside the usual loop.
 
     python scripts/benchmark.py              # the paper's size; some 25 minutes
+    python scripts/benchmark.py --model gsmn # scoring, step and memory of GSMN
     python scripts/benchmark.py --quick      # small, a minute: a look, not a figure to quote
     python scripts/benchmark.py --json       # one JSON object on stdout and nothing else
     python scripts/benchmark.py --plot a.png # the growth with the number of images, too
 
 Everything compared runs in one process, in turns, so that a busy machine slows all alike; times are
-medians. The usual loop is tests/reference.py:caption_loop (what the tests compare the scores with):
-one caption after the other, attended vectors built, every pair kept for the backward pass. Peak
+medians. The usual loop is that of tests/reference.py (what the tests compare the scores with): one
+caption after the other, attended vectors built, every pair kept for the backward pass. Peak
 memory is that of a process of its own, its Python and torch included.
 """
 
@@ -38,8 +39,9 @@ import checkpoint as ckpt
 import evaluation
 import options
 from data import PrecompDataset, collate_fn
+from gsmn import GSMN
 from model import SCAN, ContrastiveLoss, l2norm, xattn_score
-from tests.reference import caption_loop
+from tests.reference import caption_loop, gsmn_caption_loop
 from util.cli import InputError, progress, run
 from vocab import SPECIAL, Vocabulary
 
@@ -49,6 +51,7 @@ REGIONS, WORDS, N_VOCAB = 36, (9, 21), 8481
 GROWTH, GROWTH_CAPTIONS = (250, 500, 1000, 2000, 5000), 250
 LAMBDAS = {"t2i": (9.0, 6.0), "i2t": (4.0, 5.0)}  # of softmax and LogSumExp, as in the paper
 PARTS = ("scoring", "step", "memory", "evalrank", "growth")
+WAYS = {"scan": ("t2i", "i2t"), "gsmn": ("dense",)}  # what is measured of a system, each in turn
 
 
 def say(*words) -> None:
@@ -75,27 +78,26 @@ def machine() -> dict:
 
 
 class Work:
-    """One batch at one size and direction, and what is timed on it."""
+    """One batch at one size and way, and what is timed on it."""
 
-    def __init__(self, size: dict, direction: str, device: torch.device):
+    def __init__(self, size: dict, way: str, device: torch.device):
         torch.manual_seed(0)
-        self.direction, n = direction, size["batch"]
-        names = ("img_dim", "word_dim", "embed_size")
-        lambda_softmax, lambda_lse = LAMBDAS[direction]
-        self.model = SCAN(
-            N_VOCAB,
-            **{name: size[name] for name in names},
-            bi_gru=True,
-            cross_attn=direction,
-            lambda_softmax=lambda_softmax,
-            lambda_lse=lambda_lse,
-        ).to(device)
+        self.way, n = way, size["batch"]
+        sizes = {name: size[name] for name in ("img_dim", "word_dim", "embed_size")}
+        if way in LAMBDAS:
+            lambdas = dict(zip(("lambda_softmax", "lambda_lse"), LAMBDAS[way], strict=True))
+            model = SCAN(N_VOCAB, **sizes, bi_gru=True, cross_attn=way, **lambdas)
+        else:
+            model = GSMN(N_VOCAB, **sizes, bi_gru=True, lambda_softmax=20.0)
+        self.model = model.to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=2e-4, fused=True)
         lengths = torch.randint(WORDS[0], WORDS[1] + 1, (n,))
         captions = torch.randint(len(SPECIAL), N_VOCAB, (n, int(lengths.max())))
         captions[torch.arange(captions.size(1)) >= lengths[:, None]] = 0
         images = torch.randn(n, REGIONS, size["img_dim"])
         batch = {"images": images, "captions": captions, "lengths": lengths}
+        if way not in LAMBDAS:
+            batch["boxes"] = torch.rand(n, REGIONS, 2, 2).sort(2).values.flatten(2)
         self.batch = evaluation.to_device(batch, device)
         with torch.no_grad():
             self.images, self.captions = self.model(self.batch)
@@ -105,9 +107,11 @@ class Work:
 
     def loop(self, images: dict, captions: dict) -> Tensor:
         how = self.model.how
+        if self.way not in LAMBDAS:
+            return gsmn_caption_loop(self.model, images, captions, self.batch["boxes"])
         lengths = captions["lengths"].tolist()
         parts = (images["regions"], captions["words"], lengths, how.raw_feature_norm, how.agg_func)
-        return caption_loop(self.direction, *parts, how.lambda_softmax, how.lambda_lse)
+        return caption_loop(self.way, *parts, how.lambda_softmax, how.lambda_lse)
 
     @torch.no_grad()
     def score_ours(self) -> Tensor:
@@ -248,19 +252,19 @@ def time_evalrank(size: dict, direction: str, device: torch.device, repeats: int
     return {"evalrank_s": seconds, "evalrank_loop_s": loop, "evalrank_speedup": loop / seconds}
 
 
-def peak_memory(name: str, direction: str, quick: bool, device: str) -> float:
+def peak_memory(name: str, way: str, quick: bool, device: str) -> float:
     """Peak memory, in MiB, of a process that does one job."""
-    command = [sys.executable, __file__, "--peak", name, "--cross_attn", direction]
+    command = [sys.executable, __file__, "--peak", name, "--way", way]
     command += ["--device", device] + ["--quick"] * quick
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def print_peak(name: str, size: dict, direction: str, device: torch.device) -> None:
+def print_peak(name: str, size: dict, way: str, device: torch.device) -> None:
     """What peak_memory starts."""
     if name.startswith("growth"):
-        job = growth_job(int(name.removeprefix("growth")), size, direction, device)
+        job = growth_job(int(name.removeprefix("growth")), size, way, device)
     else:
-        job = getattr(Work(size, direction, device), name)
+        job = getattr(Work(size, way, device), name)
     for _ in range(1 if name.startswith("growth") else 3):
         job()
     if device.type == "cuda":
@@ -289,17 +293,17 @@ def growth_job(n: int, size: dict, direction: str, device: torch.device) -> Call
     return job
 
 
-def measure(opt: argparse.Namespace, size: dict, direction: str, device: torch.device) -> dict:
-    """All figures of one direction."""
+def measure(opt: argparse.Namespace, size: dict, way: str, device: torch.device) -> dict:
+    """All figures of one way."""
     result = {}
 
     def told(part: dict) -> dict:
         """A part of the result, said as soon as it is there."""
-        say(f"{direction}:", ", ".join(f"{key} {value:.4g}" for key, value in part.items()))
+        say(f"{way}:", ", ".join(f"{key} {value:.4g}" for key, value in part.items()))
         return part
 
     if {"scoring", "step"} & set(opt.only):
-        work = Work(size, direction, device)
+        work = Work(size, way, device)
         apart = (work.score_ours() - work.score_loop()).abs().max().item()
         if apart > 1e-5:
             raise AssertionError(f"the scores differ by {apart}")
@@ -319,30 +323,34 @@ def measure(opt: argparse.Namespace, size: dict, direction: str, device: torch.d
         result["step_vs_floor"] = t["ours"] / (t["encoders"] + t["gemm"])
     if "memory" in opt.only:
         names = ("score_ours", "score_loop", "step_ours", "step_loop", "encoders")
-        peaks = {f"{x}_mib": peak_memory(x, direction, opt.quick, opt.device) for x in names}
+        peaks = {f"{x}_mib": peak_memory(x, way, opt.quick, opt.device) for x in names}
         result |= told(peaks)
         result["step_memory_ratio"] = peaks["step_loop_mib"] / peaks["step_ours_mib"]
     if "evalrank" in opt.only:
-        result |= told(time_evalrank(size, direction, device, opt.repeats))
+        result |= told(time_evalrank(size, way, device, opt.repeats))
     if "growth" in opt.only:
         result["growth"] = []
         for n in [k for k in GROWTH if k <= 5 * size["images"]]:
-            job = growth_job(n, size, direction, device)
+            job = growth_job(n, size, way, device)
             row = {"images": n, "captions": GROWTH_CAPTIONS}
             row["seconds"] = medians({"job": job}, opt.repeats)["job"]
-            row["mib"] = peak_memory(f"growth{n}", direction, opt.quick, opt.device)
+            row["mib"] = peak_memory(f"growth{n}", way, opt.quick, opt.device)
             result["growth"].append(told(row))
     return result
 
 
 ROWS = [
-    ("scoring, ours / usual loop", "score_speedup", "{:.1f} x faster", "10 x faster"),
-    ("scoring, ours / bare matrix product", "score_vs_gemm", "{:.2f}", "1.15 (t2i), 1.25 (i2t)"),
-    ("training step, ours / usual loop", "step_speedup", "{:.1f} x faster", "4 x faster"),
-    ("training step, ours / floor", "step_vs_floor", "{:.2f}", "1.25"),
-    ("peak memory of a step, usual loop / ours", "step_memory_ratio", "{:.1f} x less", "2.5 x"),
-    ("evalrank, ours / published procedure", "evalrank_speedup", "{:.1f} x faster", "10 x faster"),
+    ("scoring, ours / usual loop", "score_speedup", "{:.1f} x faster"),
+    ("scoring, ours / bare matrix product", "score_vs_gemm", "{:.2f}"),
+    ("training step, ours / usual loop", "step_speedup", "{:.1f} x faster"),
+    ("training step, ours / floor", "step_vs_floor", "{:.2f}"),
+    ("peak memory of a step, usual loop / ours", "step_memory_ratio", "{:.1f} x less"),
+    ("evalrank, ours / published procedure", "evalrank_speedup", "{:.1f} x faster"),
 ]
+AIMS = {
+    "scan": ["10 x faster", "1.15, 1.25", "4 x faster", "1.25", "2.5 x less", "10 x faster"],
+    "gsmn": ["-", "-", "5 x faster", "-", "3 x less", "-"],
+}
 
 
 def print_tables(result: dict) -> None:
@@ -353,17 +361,18 @@ def print_tables(result: dict) -> None:
         f"{here['memory_gib']} GiB; GPU: {here['gpu']}; torch {here['torch']}"
     )
     print(f"size: {result['size']}\n")
-    print("| | t2i | i2t | aim |\n|---|---|---|---|")
-    for title, key, form, aim in ROWS:
-        cells = [form.format(result[w][key]) if key in result[w] else "-" for w in ("t2i", "i2t")]
-        print(f"| {title} | {cells[0]} | {cells[1]} | {aim} |")
-    print("\n| seconds (median), MiB (peak) | t2i | i2t |\n|---|---|---|")
-    for key, value in result["t2i"].items():
+    ways = WAYS[result["model"]]
+    print(f"| | {' | '.join(ways)} | aim |\n|---|{'---|' * len(ways)}---|")
+    for (title, key, form), aim in zip(ROWS, AIMS[result["model"]], strict=True):
+        cells = [form.format(result[w][key]) if key in result[w] else "-" for w in ways]
+        print(f"| {title} | {' | '.join(cells)} | {aim} |")
+    print(f"\n| seconds (median), MiB (peak) | {' | '.join(ways)} |\n|---|{'---|' * len(ways)}")
+    for key in result[ways[0]]:
         if key.endswith(("_s", "_mib")):
-            print(f"| {key} | {value:.4g} | {result['i2t'][key]:.4g} |")
-    if "growth" in result["t2i"]:
+            print(f"| {key} | {' | '.join(f'{result[w][key]:.4g}' for w in ways)} |")
+    if "growth" in result[ways[0]]:
         print("\n| images x captions | t2i s | MiB | i2t s | MiB |\n|---|---|---|---|---|")
-        for rows in zip(result["t2i"]["growth"], result["i2t"]["growth"], strict=True):
+        for rows in zip(*(result[w]["growth"] for w in ways), strict=True):
             cells = [f"{x:.4g}" for row in rows for x in (row["seconds"], row["mib"])]
             print(f"| {rows[0]['images']} x {rows[0]['captions']} | {' | '.join(cells)} |")
 
@@ -384,8 +393,10 @@ def plot(result: dict, path: str) -> None:
         ("step_ours_s", "step"),
         ("step_loop_s", "step, usual loop"),
     ]
-    bars = [(key, name) for key, name in bars if key in result["t2i"]]
-    for shift, way in ((-0.2, "t2i"), (0.2, "i2t")):
+    ways = WAYS[result["model"]]
+    bars = [(key, name) for key, name in bars if key in result[ways[0]]]
+    for at, way in enumerate(ways):
+        shift = 0.4 * (at - (len(ways) - 1) / 2)
         heights = [result[way][key] for key, _ in bars]
         left.bar([k + shift for k in range(len(bars))], heights, 0.4, label=way)
         rows = result[way].get("growth", [])
@@ -405,27 +416,35 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--model", default="scan", choices=WAYS, help="the system")
     parser.add_argument("--quick", action="store_true", help="small sizes")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--plot", metavar="PATH", help="write a picture (needs matplotlib)")
     parser.add_argument("--repeats", type=int, default=5, help="of each timing, at least 5")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="parts to measure")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
-    parser.add_argument("--cross_attn", default="t2i", help=argparse.SUPPRESS)
+    parser.add_argument("--way", help=argparse.SUPPRESS)
     opt = parser.parse_args(argv)
     if opt.repeats < 5:
         raise InputError(f"--repeats {opt.repeats}: medians of fewer than 5 say little")
     if opt.plot and not importlib.util.find_spec("matplotlib"):
         raise InputError("--plot needs matplotlib: pip install matplotlib")
+    parts = PARTS if opt.model == "scan" else PARTS[:3]
+    opt.only = opt.only or parts
+    if not set(opt.only) <= set(parts):
+        raise InputError(f"--only: of {opt.model} there are {', '.join(parts)}")
     size = QUICK if opt.quick else PAPER
+    if "dense" in (opt.way, *WAYS[opt.model]):
+        size = size | {"batch": min(size["batch"], 64)}  # the paper's
     device = evaluation.pick_device(opt.device)
     if opt.peak:
-        print_peak(opt.peak, size, opt.cross_attn, device)
+        print_peak(opt.peak, size, opt.way, device)
         return
     result = {"machine": machine(), "size": size | {"regions": REGIONS, "words": WORDS}}
-    for direction in ("t2i", "i2t"):
-        result[direction] = measure(opt, size, direction, device)
+    result["model"] = opt.model
+    for way in WAYS[opt.model]:
+        result[way] = measure(opt, size, way, device)
     if opt.json:
         print(json.dumps(result, indent=2))
     else:

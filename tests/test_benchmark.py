@@ -27,6 +27,15 @@ def test_prints_one_json_object():
         assert result[way]["score_max_difference"] < 1e-5
 
 
+def test_gsmn(capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "peak_memory", lambda *a: 1.0)
+    benchmark.main(["--quick", "--model", "gsmn"])
+    out = capsys.readouterr().out
+    assert "| training step, ours / usual loop | " in out and "| dense | aim |" in out
+    with pytest.raises(ValueError, match="--only: of gsmn there are scoring, step, memory"):
+        benchmark.main(["--model", "gsmn", "--only", "growth"])
+
+
 def test_evalrank_and_growth(capsys, monkeypatch, tmp_path):
     """The published procedure comes to the same recalls; tables and picture are made."""
     monkeypatch.setattr(benchmark, "QUICK", benchmark.QUICK | {"images": 20})

@@ -1,4 +1,4 @@
-"""Captions to word graphs: the files agree, an interruption costs nothing, parsers get our words."""
+"""Captions to word graphs: files agree, an interruption costs nothing, parsers get our words."""
 
 import http.server
 import json
