@@ -203,6 +203,14 @@ def score_all(
     return scores
 
 
+def compile_scores() -> None:
+    """Let torch.compile fuse the passes of GSMN's score, for the rest of this process."""
+    global word_nodes, region_nodes, structure_score
+    word_nodes, region_nodes, structure_score = (
+        torch.compile(x, dynamic=True) for x in (word_nodes, region_nodes, structure_score)
+    )
+
+
 class VisualKernels(nn.Module):
     """Kernels over polar coordinates: edge weights of the visual graph (section 3.1)."""
 
@@ -311,6 +319,8 @@ def textual_edges(
 
 class GSMN(nn.Module):
     """Region and word encoders, and the matching of their two graphs."""
+
+    compile_scores = staticmethod(compile_scores)
 
     def __init__(
         self,

@@ -247,7 +247,7 @@ def attend(s: Tensor, gram: Tensor, query_length: Tensor, how: CrossAttention) -
 
 
 def compile_scores() -> None:
-    """Let torch.compile fuse the passes of attend, for the rest of this process (--compile)."""
+    """Let torch.compile fuse the passes of SCAN's score, for the rest of this process."""
     global attend
     attend = torch.compile(attend, dynamic=True)
 
@@ -409,6 +409,8 @@ class ContrastiveLoss(nn.Module):
 
 class SCAN(nn.Module):
     """Region and word encoders, and their stacked cross attention score."""
+
+    compile_scores = staticmethod(compile_scores)
 
     def __init__(
         self,

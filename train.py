@@ -35,7 +35,7 @@ from evaluation import (
     score_matrix,
     to_device,
 )
-from model import ContrastiveLoss, compile_scores
+from model import ContrastiveLoss
 from util import distributed
 from util.cli import InputError, progress, run, say
 from vocab import Vocabulary, deserialize_vocab
@@ -148,7 +148,7 @@ def fit(opt: argparse.Namespace, device: torch.device) -> None:
 
     model = ckpt.build_model(opt, len(vocab)).to(device)
     if opt.compile:
-        compile_scores()
+        model.compile_scores()
     optimizer = torch.optim.Adam(model.parameters(), lr=opt.learning_rate, fused=True)
     # Where the run stands: epoch under way, batches of it done, their losses, steps in all, whether
     # a validation is due before the next one, best score.

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -190,6 +191,25 @@ def test_narrow_kernels_and_empty_images_stay_finite(neighbours):
     assert torch.isfinite(scores).all()
     ContrastiveLoss(0.2)(scores).backward()
     assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.requires_grad)
+
+
+def test_compiled_scores_are_the_same(monkeypatch):
+    """What --compile hands to the compiler is traced whole; its back end needs a C++ compiler."""
+    net, batch, _ = make("gram", True, True)
+    results = []
+    for compiled in (False, True):
+        if compiled:
+            for name in ("word_nodes", "region_nodes", "structure_score"):
+                monkeypatch.setattr(gsmn, name, getattr(gsmn, name))  # to be restored
+            eager = partial(torch.compile, backend="eager", fullgraph=True)
+            monkeypatch.setattr(torch, "compile", eager)
+            net.compile_scores()
+        net.zero_grad()
+        scores = net.similarity(*encode(net, batch))
+        ContrastiveLoss(0.2, True)(scores).backward()
+        results.append([scores, *(p.grad for p in net.parameters() if p.requires_grad)])
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_caption_loop_of_the_benchmark_is_the_same_score():
