@@ -35,6 +35,9 @@ PARTS = {
     "gsmn": ("img_enc", "txt_enc", "visual_graph", "textual_graph"),
 }
 
+# GSMN's convolutions under the names of its later revision.
+RENAMED = {"vGNN.": "graph_convolution_1.", "tGNN.": "graph_convolution_3."}
+
 # What published files hold beside tensors. Nothing here runs code of the file's choosing.
 SAFE = [argparse.Namespace, np.dtype, np.float64, np.float32, np.int64]
 SAFE += [type(np.dtype(name)) for name in ("float64", "float32", "int64")]
@@ -140,9 +143,15 @@ def load(path: str, device: str | torch.device = "cpu") -> dict:
             f"{path}: not a checkpoint, or a damaged one ({type(error).__name__}); copy it again"
         ) from None
     check_contents(checkpoint, path)
+    checkpoint["model"] = [
+        {re.sub(r"^[vt]GNN\.", lambda m: RENAMED[m[0]], key): x for key, x in state.items()}
+        for state in checkpoint["model"]
+    ]
     system = recognise(checkpoint["model"])
     if system not in PARTS:
         raise InputError(f"{path}: a checkpoint of {system}, which this version cannot run yet")
+    if system == "gsmn" and "run" not in checkpoint:
+        checkpoint["epoch"] = checkpoint.get("epoch", 0) - 1  # published: how many are finished
     filled = options.defaults(system)
     stored = {name: x for name, x in vars(checkpoint["opt"]).items() if x is not None}
     for name in filled.keys() & stored.keys():
@@ -150,7 +159,14 @@ def load(path: str, device: str | torch.device = "cpu") -> dict:
             raise InputError(
                 f"{path}: its option {name} is {stored[name]!r}, expected such as {filled[name]!r}"
             )
-    filled |= read_architecture(checkpoint["model"]) | stored | {"model": system}
+    try:
+        architecture = read_architecture(checkpoint["model"])
+    except (KeyError, ValueError, IndexError) as error:
+        raise InputError(
+            f"{path}: a checkpoint of {system} without all its weights, or with odd ones "
+            f"({type(error).__name__}: {error}); copy it again"
+        ) from None
+    filled |= architecture | stored | {"model": system}
     checkpoint["opt"] = argparse.Namespace(**filled)
     return checkpoint
 

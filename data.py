@@ -8,6 +8,7 @@ batch, R regions, F numbers a region, W words.
 import argparse
 import json
 import os
+import reprlib  # what repr() says of a hostile file may have no end
 import signal
 import threading
 from array import array as flat_array
@@ -180,7 +181,8 @@ class GraphDataset(PrecompDataset):
     in its word ids, the first pair the root. util/dependency_parser.py writes the last two.
 
     With `published_boxes`, the batch size of a published evaluation, image n comes with the boxes
-    that it got there: those of the image of caption n, divided by its size again at each access.
+    that it got there: those of the image of caption n, divided by its size again at each access;
+    with `published_folds`, as in the published five-fold evaluation, its own.
     """
 
     def __init__(
@@ -191,9 +193,13 @@ class GraphDataset(PrecompDataset):
         img_dim: int,
         dependencies: bool = False,
         published_boxes: int | None = None,
+        published_folds: bool = False,
     ):
         super().__init__(data_path, data_split, vocab, img_dim)
         stem = os.path.join(data_path, data_split)
+        text = super()._caption_file(stem)
+        if self.precomputed and os.path.isfile(text):  # published data may lack the captions
+            self._compare_ids(self._caption_file(stem), text, vocab)
         rows, regions, _ = self.images.shape
         self.box_path = f"{stem}_ims_bbx.npy"
         self.boxes = open_array(self.box_path, ndim=3)  # (rows, R, 4)
@@ -203,7 +209,7 @@ class GraphDataset(PrecompDataset):
                 f"images of {regions} regions; expected ({rows}, {regions}, 4)"
             )
         self.sizes = read_sizes(f"{stem}_ims_size.npy", rows)  # (rows, 2)
-        self.published_boxes = published_boxes
+        self.published_boxes, self.published_folds = published_boxes, published_folds
         self.pairs = None
         if dependencies:
             self._read_dependencies(f"{stem}_caps.json")
@@ -219,10 +225,6 @@ class GraphDataset(PrecompDataset):
         if not self.precomputed:
             yield from super()._word_ids(captions, path, vocab)
             return
-        stem = path.removesuffix("_precaps_stan.txt")
-        text = super()._caption_file(stem)
-        texts = read_captions(text) if os.path.isfile(text) else []
-        words = same = 0
         for row, line in enumerate(captions, 1):
             try:
                 ids = [int(number) for number in line.split(",")]
@@ -236,15 +238,32 @@ class GraphDataset(PrecompDataset):
                     f"{path}: line {row} has word ids from {min(ids)} to {max(ids)}, the "
                     f"vocabulary {len(vocab)} words; give --vocab_path that of the ids"
                 )
-            if row <= min(len(texts), 100):  # split in another way, perhaps, but mostly alike
-                again = vocab.encode(texts[row - 1])
-                words, same = words + len(ids), same + len(set(ids) & set(again))
             yield ids
-        if words > 4 * same:
-            print(
-                f"warning: {path} does not fit {text} in this vocabulary: it was made with another "
-                "vocabulary, or from other captions"
+
+    def _compare_ids(self, path: str, text: str, vocab: Vocabulary) -> None:
+        """Refuse precomputed word ids that are not those of the captions in this vocabulary."""
+        captions = read_captions(text)
+        expected = len(self.images) // self.stride * self.k
+        if len(captions) != expected:
+            raise InputError(
+                f"{path}: word ids of {expected} captions, but {text} holds {len(captions)}; make "
+                "the first again with util/dependency_parser.py"
             )
+        words = same = 0
+        for row in np.unique(np.linspace(0, self.n_captions - 1, 1000).astype(int)).tolist():
+            ids = self.words[self.start[row] : self.start[row] + self.lengths[row]].tolist()
+            again = vocab.encode(captions[row])
+            if len(again) == len(ids):  # else it was split into words in another way
+                words += len(ids) - 2
+                same += sum(a == b for a, b in zip(ids[1:-1], again[1:-1], strict=True))
+        said = f"{path}: {same} of {words} word ids are those of {text} in this vocabulary"
+        if same < 0.5 * words:
+            raise InputError(
+                f"{said}: they were made with another vocabulary; give --vocab_path that one, or "
+                "make them again with util/dependency_parser.py"
+            )
+        if same < 0.95 * words:
+            print(f"warning: {said}: were they made with another vocabulary?")
 
     def _read_dependencies(self, path: str) -> None:
         """Fill self.pairs (all, 2), those of caption n from self.pair_start[n] to [n + 1]."""
@@ -272,7 +291,13 @@ class GraphDataset(PrecompDataset):
             ):
                 raise InputError(
                     f"{path}: caption {row}: expected a list of [governor, dependent], positions "
-                    f"from 0 on, found {str(pairs)[:60]}"
+                    f"from 0 on, found {reprlib.repr(pairs)}"
+                )
+            if not self.precomputed and len(pairs) != max(length - 2, 1):
+                raise InputError(
+                    f"{path}: caption {row}: {len(pairs)} dependencies for its {length - 2} words; "
+                    "they were split in another way: make word ids and dependencies with "
+                    "util/dependency_parser.py"
                 )
             for pair in pairs[1:]:  # the first is the root
                 if max(pair) < length:
@@ -298,7 +323,8 @@ class GraphDataset(PrecompDataset):
         if self.published_boxes:
             # Two passes over the loader divide in place, and a batch sees what its last item left.
             k = self.k // self.stride  # captions a row
-            row, batch = image // k, image // self.published_boxes
+            caption = image * self.k if self.published_folds else image
+            row, batch = caption // k, caption // self.published_boxes
             times = k + min(k * (row + 1), (batch + 1) * self.published_boxes) - k * row
         boxes = self.boxes[row].astype(np.float32)  # (R, 4)
         if not np.isfinite(boxes).all():
@@ -327,13 +353,14 @@ def read_sizes(path: str, rows: int) -> np.ndarray:
             "and image_h (util/convert_data.py writes it)"
         )
     sizes = load_objects(path)
-    if len(sizes) != rows or sizes.ndim != 1:
+    if sizes.shape != (rows,):
         raise InputError(f"{path}: sizes of shape {sizes.shape}, expected {rows}, one an image")
     try:
         pairs = [(float(size["image_w"]), float(size["image_h"])) for size in sizes]
-    except (TypeError, KeyError, IndexError, ValueError):
+    except (TypeError, KeyError, IndexError, ValueError, OverflowError):
+        found = reprlib.repr(sizes[0])
         raise InputError(
-            f"{path}: expected rows with numbers image_w and image_h, found {str(sizes[0])[:60]}"
+            f"{path}: expected rows with numbers image_w and image_h, found {found}"
         ) from None
     sizes = np.array(pairs, np.float32)
     wrong = ~(np.isfinite(sizes) & (sizes > 0)).all(1)
@@ -348,11 +375,11 @@ def open_split(
     split: str,
     vocab: Vocabulary,
     opt: argparse.Namespace,
-    published_boxes: int | None = None,
+    **more,
 ) -> PrecompDataset:
-    """The dataset that the system of the options reads."""
+    """The dataset that the system of the options reads; `more` as its class has it."""
     if opt.model == "gsmn":
-        return GraphDataset(folder, split, vocab, opt.img_dim, opt.is_sparse, published_boxes)
+        return GraphDataset(folder, split, vocab, opt.img_dim, opt.is_sparse, **more)
     return PrecompDataset(folder, split, vocab, opt.img_dim)
 
 

@@ -233,7 +233,7 @@ def model_scores(
     vocab_path: str | None,
     device: torch.device,
     batch_size: int | None,
-    published_boxes: bool,
+    published: dict,
 ) -> np.ndarray:
     """Score matrix (N, M) of one checkpoint on one split; see evalrank."""
     checkpoint = ckpt.load(model_path)
@@ -244,9 +244,9 @@ def model_scores(
     model.to(device)
     print("Loading dataset")
     folder = find_data(data_path or opt.data_path, opt.data_name)
-    if published_boxes and opt.model != "gsmn":
-        raise InputError(f"{model_path}: a {opt.model} model; published_boxes is for GSMN")
-    dataset = open_split(folder, split, vocab, opt, opt.batch_size if published_boxes else None)
+    if published:
+        published = published | {"published_boxes": opt.batch_size}
+    dataset = open_split(folder, split, vocab, opt, **published)
     if folds > dataset.n_images:
         raise InputError(f"{folder}: {dataset.n_images} images of {split}, too few for five folds")
     print("Computing results...")
@@ -277,7 +277,8 @@ def evalrank(
     the parts stand under 'folds'; without it testall is COCO 5K. `save_path` writes the score
     matrix (n_images, n_captions), whole even with fold5, as float32 .npy. `batch_size` only bounds
     the encoders' memory. `published_boxes` gives GSMN the boxes that its published evaluation uses,
-    those of other images and all but zero, to compare with figures taken so.
+    divided until they are all but zero and, without fold5, those of other images, to compare with
+    figures taken so.
 
     Returns {'i2t': {'r1', 'r5', 'r10', 'medr', 'meanr'}, 't2i': {...}, 'ar', 'ari', 'rsum'},
     recalls in percent, ranks from 1. Raises FileNotFoundError or ValueError naming what is wrong.
@@ -291,6 +292,11 @@ def evalrank(
         os.path.isdir(save_path) or not os.path.isdir(os.path.dirname(save_path) or ".")
     ):
         raise InputError(f"{save_path}: not a file in a folder that exists; nothing was scored")
+    for path in map(os.fspath, paths if published_boxes else []):
+        system = ckpt.load(path)["opt"].model
+        if system != "gsmn":
+            raise InputError(f"{path}: a {system} model; published_boxes is for GSMN")
+    published = {"published_folds": fold5} if published_boxes else {}
     folds = FOLDS if fold5 else 1
     device = pick_device(device)
     scores = None
@@ -303,7 +309,7 @@ def evalrank(
             vocab_path,
             device,
             batch_size,
-            published_boxes,
+            published,
         )
         if scores is not None and part.shape != scores.shape:
             raise InputError(

@@ -206,6 +206,8 @@ def score_all(
 def compile_scores() -> None:
     """Let torch.compile fuse the passes of GSMN's score, for the rest of this process."""
     global word_nodes, region_nodes, structure_score
+    # Two graphs, with and without edges, pairs and blocks, training and evaluation.
+    torch._dynamo.config.recompile_limit = 64
     word_nodes, region_nodes, structure_score = (
         torch.compile(x, dynamic=True) for x in (word_nodes, region_nodes, structure_score)
     )
@@ -370,7 +372,13 @@ class GSMN(nn.Module):
         Boxes are (left, top, right, bottom) in parts of the image's width and height.
         """
         edges = self.visual_graph.graph_convolution_1(batch["boxes"], self.how.neighbours)
-        return {"regions": self.img_enc(batch["images"]), "edges": edges}
+        encoded = {"regions": self.img_enc(batch["images"]), "edges": edges}
+        return encoded if self.training else encoded | self._keys(encoded["regions"])
+
+    def _keys(self, regions: Tensor) -> dict[str, Tensor]:
+        """What a score needs of the regions: once a step, once an evaluation."""
+        b = self.how.num_block
+        return {"keys": block_keys(regions, b), "norms": block_norms(regions, b)}
 
     def encode_captions(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch['captions'] (C, W), batch['lengths'] (C,) -> {'words': (C, W, D), 'lengths'}.
@@ -390,11 +398,11 @@ class GSMN(nn.Module):
         if self.is_sparse or how.neighbours:  # else they would be 1: see textual_edges
             adjacency = captions.get("adjacency")
             edges = (textual_edges(words, lengths, adjacency, how.lambda_softmax, how.neighbours),)
-        norms, keys = block_norms(regions, how.num_block), block_keys(regions, how.num_block)
+        images = images if "keys" in images else images | self._keys(regions)
         return pair_scores(
             partial(score_all, how=how),
             partial(score_some, how=how),
-            (regions, keys, norms, images["edges"]),
+            tuple(images[name] for name in ("regions", "keys", "norms", "edges")),
             (words, *edges),
             lengths,
             (*self.textual_graph.weights(), *self.visual_graph.weights()),

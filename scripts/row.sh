@@ -22,9 +22,9 @@ run=${RUNS:-runs}/$name
     --out "$vocab_path/${data_name}_vocab.json"
 if [ -n "${dependencies:-}" ]; then
   missing=()
-  for captions in "$data_path/$data_name"/*_caps.txt; do
-    split=$(basename "$captions" _caps.txt)
-    [ -f "$data_path/$data_name/${split}_caps.json" ] || missing+=("$split")
+  for split in train dev test testall; do
+    stem=$data_path/$data_name/$split
+    [ ! -f "${stem}_caps.txt" ] || [ -f "${stem}_caps.json" ] || missing+=("$split")
   done
   [ ${#missing[@]} -eq 0 ] ||
     "$PYTHON" "$root/util/dependency_parser.py" --data_path "$data_path" --data_name "$data_name" \

@@ -79,7 +79,7 @@ def test_an_interrupted_run_goes_on(boxes, monkeypatch, capsys):
         return parse
 
     monkeypatch.setattr(dependency_parser, "spacy_heads", spacy_heads)
-    argv = [*ARGS, "--splits", "train"]
+    argv = [*ARGS, "--splits", "train", "--overwrite"]
     with pytest.raises(KeyboardInterrupt):
         dependency_parser.main(argv)
     part = boxes / FOLDER / "train_caps.json.part"
@@ -97,6 +97,35 @@ def test_an_interrupted_run_goes_on(boxes, monkeypatch, capsys):
     part.write_text('"another"\n[[0, 1]]\n')
     dependency_parser.main(argv)
     assert (boxes / FOLDER / "train_caps.json").read_text() == whole
+
+
+@pytest.mark.parametrize("line", ["5\n", "[[1, 2, 3]]\n", "\0\0\0\n", '[[0, "', "{}]\n"])
+def test_a_damaged_line_of_what_is_done_is_done_again(boxes, chained, line, monkeypatch):
+    monkeypatch.setattr(dependency_parser, "CHUNK", 10)
+    path = boxes / FOLDER / "dev_caps.json"
+    keys = []
+    read_part = dependency_parser.read_part
+    monkeypatch.setattr(
+        dependency_parser, "read_part", lambda part, key: keys.append(key) or read_part(part, key)
+    )
+    dependency_parser.main([*ARGS, "--splits", "dev"])
+    whole = path.read_text()
+    lines = [json.dumps(x) + "\n" for x in (keys[0], *json.loads(whole)[:20])]
+    (boxes / FOLDER / "dev_caps.json.part").write_text("".join(lines) + line)
+    assert len(read_part(f"{path}.part", keys[0])) == 20
+    dependency_parser.main([*ARGS, "--splits", "dev", "--overwrite"])
+    assert path.read_text() == whole
+
+
+def test_nothing_is_replaced_unasked(boxes, chained):
+    published = boxes / FOLDER / "test_precaps_stan.txt"
+    published.write_text("1,5,2\n")
+    with pytest.raises(InputError, match="test_precaps_stan.txt: there already.*--overwrite"):
+        dependency_parser.main(ARGS)
+    assert published.read_text() == "1,5,2\n"
+    assert not (boxes / FOLDER / "train_caps.json").exists()
+    dependency_parser.main([*ARGS, "--overwrite"])
+    assert published.read_text() != "1,5,2\n"
 
 
 @pytest.mark.parametrize("heads", [[0], [0, 0, 1], [2, 3, 1], [0, 1, 99], [0, 1, -1], [0, 1, 1, 1]])
@@ -176,7 +205,8 @@ def test_a_corenlp_server_gets_our_words(boxes, chained):
     server = http.server.HTTPServer(("127.0.0.1", 0), CoreNLP)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
-    dependency_parser.main([*ARGS, "--splits", "dev", "--parser", "corenlp", "--url", url])
+    argv = ["--splits", "dev", "--overwrite", "--parser", "corenlp", "--url", url]
+    dependency_parser.main([*ARGS, *argv])
     server.shutdown()
     assert (boxes / FOLDER / "dev_caps.json").read_text() == want
 

@@ -228,6 +228,58 @@ def test_weights_keep_their_published_names_and_shapes():
         assert {k: x.shape for k, x in ours.items()} == {k: x.shape for k, x in theirs.items()}
 
 
+def published(edit, path="published.pth.tar"):
+    """A published-style checkpoint, edited."""
+    (case,) = [folder for folder in GOLDEN if folder.name == "gsmn_dense"]
+    with torch.serialization.safe_globals(ckpt.SAFE):
+        state = torch.load(case / "init.pth.tar", weights_only=True)
+    edit(state)
+    torch.save(state, path)
+    return path
+
+
+def test_names_of_the_later_revision(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    want = ckpt.load(published(lambda state: None))
+
+    def rename(state):
+        for k, old, new in (
+            (2, "graph_convolution_1.", "vGNN."),
+            (3, "graph_convolution_3.", "tGNN."),
+        ):
+            state["model"][k] = {n.replace(old, new): x for n, x in state["model"][k].items()}
+
+    got = ckpt.load(published(rename))
+    assert got["opt"] == want["opt"] and got["opt"].model == "gsmn"
+    for a, b in zip(got["model"], want["model"], strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_published_epochs_count_those_finished(tmp_path, monkeypatch):
+    """As train.py goes on: SCAN's files name the last epoch, GSMN's how many there were."""
+    monkeypatch.chdir(tmp_path)
+    assert ckpt.load(published(lambda state: state.update(epoch=3)))["epoch"] == 2
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda model: model[3].pop("graph_convolution_3.conv_weights.0.weight"),
+        lambda model: model[3].pop("out_2.weight_v"),
+        lambda model: model[1].pop("embed.weight"),
+        lambda model: model[3].update({"out_2.weight_v": torch.ones(3)}),
+        lambda model: model.reverse(),
+        lambda model: model[2].pop("out_1.bias"),
+    ],
+)
+def test_checkpoints_without_all_weights(tmp_path, monkeypatch, edit):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="published.pth.tar: "):
+        path = published(lambda state: edit(state["model"]))
+        state = ckpt.load(path)
+        ckpt.load_weights(ckpt.build_model(state["opt"], 66), state, path)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -318,10 +370,99 @@ def test_a_hostile_pickle_is_refused_and_nothing_runs(tiny_graphs, wrapped):
     with pytest.raises(InputError, match="refused, a pickle that holds more .*mkdir"):
         read_sizes(path, 20)
     assert not os.path.exists("ran")
-    for function in (eval, getattr, np.load, print):
+    for function in (eval, getattr, np.load, print, np.ndarray, np.frombuffer):
         np.save(path, np.array([Hostile(function, "1")], dtype=object), allow_pickle=True)
         with pytest.raises(InputError, match="refused"):
             load_objects(path)
+
+
+def write_pickle(path, stream, shape=(1,)):
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "|O", "fortran_order": False, "shape": shape}
+        )
+        file.write(stream)
+
+
+class Twisted:
+    """An array as numpy pickles one, of parts that it would not write."""
+
+    def __init__(self, shape, dtype, content):
+        self.state = (1, shape, dtype, False, content)
+
+    def __reduce__(self):
+        function, args, _ = np.empty(0).__reduce__()
+        return function, args, self.state
+
+
+class Dtype:
+    def __init__(self, name, state):
+        self.parts = name, state
+
+    def __reduce__(self):
+        name, state = self.parts
+        return np.dtype, (name, False, True), state
+
+
+PLAIN = (3, "|", None, None, None, -1, -1, 63)
+FIELDS = (3, "|", None, ("image_w",), {"image_w": (np.dtype("O"), 0)}, 8, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "evil",
+    [
+        Hostile(np.ndarray, (1,), np.dtype("O"), b"A" * 8),
+        Twisted((1,), Dtype("V8", FIELDS), b"A" * 8),  # pointers in the guise of bytes
+        Twisted((1,), Dtype("i8", FIELDS), b"A" * 8),
+        Twisted((1,), Dtype("O8", PLAIN), b"A" * 8),
+        Twisted((10**9,), Dtype("O8", PLAIN), []),
+        Twisted((10**9,), Dtype("i8", PLAIN), b""),
+        Twisted((-1,), Dtype("i8", PLAIN), b""),
+        Hostile(np.float64(0).__reduce__()[0], np.dtype("O"), b"A" * 8),
+        Hostile(np.float64(0).__reduce__()[0], np.dtype("i8"), b"A"),
+    ],
+)
+def test_numpy_does_not_read_what_it_should_not(tmp_path, evil):
+    """Arrays that are not what they say would let numpy read memory that is not theirs."""
+    path = tmp_path / "x.npy"
+    for x in (evil, Twisted((1,), Dtype("O8", PLAIN), [{"image_w": evil}])):
+        write_pickle(path, pickle.dumps(x, protocol=2).replace(b"_core.multi", b"core.multi"))
+        with pytest.raises(InputError, match="x.npy: (refused|not a whole)"):
+            load_objects(path)
+
+
+def test_functions_of_a_pickle_keep_no_state(tmp_path):
+    """BUILD would set attributes of what the file names."""
+    for name in (b"numpy\ndtype", b"_codecs\nencode", b"numpy\nndarray"):
+        stream = b"c" + name + b"\n}S'x'\nI1\nsb."
+        write_pickle(tmp_path / "x.npy", stream)
+        with pytest.raises(InputError, match="refused.*a function with a state"):
+            load_objects(tmp_path / "x.npy")
+    write_pickle(tmp_path / "x.npy", b"c_codecs\nencode\n(S'x'\nS'rot13'\ntR.")
+    with pytest.raises(InputError, match="refused.*bytes in rot13"):
+        load_objects(tmp_path / "x.npy")
+
+
+def test_arrays_and_numbers_inside_objects(tmp_path):
+    rows = [
+        {"image_w": np.array(3.0), "name": "a", "b": b"x"},
+        {"image_w": np.float32(4), "n": None},
+    ]
+    for protocol in range(5):  # np.save writes 2 to 4
+        stream = pickle.dumps(np.array(rows, dtype=object), protocol)
+        write_pickle(tmp_path / "x.npy", stream, (2,))
+        first, second = load_objects(tmp_path / "x.npy")
+        assert first["image_w"] == 3 and first["name"] == "a" and first["b"] == b"x"
+        assert second == {"image_w": 4, "n": None}
+
+
+def test_an_error_about_endless_rows_ends(tiny_graphs):
+    row = []
+    for _ in range(60):
+        row = [row, row]
+    write_pickle("x.npy", pickle.dumps(np.array([{"image_w": row}], dtype=object)))
+    with pytest.raises(InputError, match="expected rows with numbers"):
+        read_sizes("x.npy", 1)
 
 
 def test_damaged_sizes(tiny_graphs):
@@ -337,6 +478,8 @@ def test_damaged_sizes(tiny_graphs):
         ([3] * 20, "expected rows with numbers image_w and image_h"),
         ([{"image_w": 0, "image_h": 4}] * 20, r"row 0 \(from 0\): an image of \(0.0, 4.0\) pixels"),
         ([{"image_w": 1, "image_h": 4}] * 19, "sizes of shape .19,., expected 20"),
+        ({"image_w": 1, "image_h": 4}, r"sizes of shape \(\), expected 20"),
+        ([{"image_w": 10**400, "image_h": 4}] * 20, "expected rows with numbers image_w"),
     ):
         np.save(path, np.array(rows, dtype=object), allow_pickle=True)
         with pytest.raises(InputError, match=message):
@@ -386,7 +529,37 @@ def test_a_dependency_past_its_caption(tiny_graphs, capsys):
     out = capsys.readouterr().out
     assert f"caption 5: dependency [99, 1] is past its {len(want)} words; 1 such pairs" in out
     (folder / "train_precaps_stan.txt").unlink()
+    edit_json(folder / "train_caps.json", lambda x: x[4].pop(1))
     with pytest.raises(InputError, match=r"caption 5: dependency \[99, 1\] is past its"):
+        dataset()
+    edit_json(folder / "train_caps.json", lambda x: x[4].pop())
+    with pytest.raises(InputError, match="caption 5: . dependencies for its . words; they were"):
+        dataset()
+
+
+def test_word_ids_of_another_vocabulary(tiny_graphs, capsys):
+    """Each id one too high is one word too many in front."""
+    path = tiny_graphs / "data" / "tiny_precomp" / "train_precaps_stan.txt"
+    lines = [line.split(",") for line in path.read_text().splitlines()]
+
+    def write(shifted):
+        rows = [
+            [a, *(str(4 + (int(x) - 3) % 16) if shifted(x) else x for x in inner), b]
+            for a, *inner, b in lines
+        ]
+        path.write_text("".join(",".join(row) + "\n" for row in rows))
+
+    write(lambda x: True)
+    with pytest.raises(InputError, match="word ids are those of .*made with another vocabulary"):
+        dataset()
+    write(lambda x: int(x) > 14)
+    capsys.readouterr()
+    dataset()
+    assert "were they made with another vocabulary?" in capsys.readouterr().out
+    path.write_text("".join(",".join(row) + "\n" for row in lines))
+    captions = path.parent / "train_caps.txt"
+    captions.write_text("\n".join(captions.read_text().splitlines()[:80]))
+    with pytest.raises(InputError, match="word ids of 100 captions, but .* holds 80"):
         dataset()
 
 
@@ -437,9 +610,11 @@ def test_published_boxes_where_images_straddle_batches(tiny_graphs):
                 w, h = sizes[n // 5]
                 boxes[n // 5] /= np.array([w, h, w, h], np.float32)
             seen += [boxes[n // 5].copy() for n in batch]
-    data = dataset("test", published_boxes=8)
-    for image in range(15):
-        np.testing.assert_allclose(data.image_item(image)["boxes"], seen[image], rtol=1e-5)
+    for folds in (False, True):  # five-fold takes each image's own
+        data = dataset("test", published_boxes=8, published_folds=folds)
+        for image in range(15):
+            want = seen[5 * image if folds else image]
+            np.testing.assert_allclose(data.image_item(image)["boxes"], want, rtol=1e-5)
 
 
 # The real programs

@@ -7,7 +7,7 @@ Writes, beside `{split}_caps.txt`, `{split}_precaps_stan.txt`: the word ids of e
 <start> and <end> included, and `{split}_caps.json`: for each caption a list of [governor,
 dependent], positions in those ids, the first pair [0, root]. A caption is split into words once, as
 everywhere here (vocab.py), and parsed as one sentence of these words, so that the two files agree.
-Lines done are kept in `{split}_caps.json.part`: started again after an interruption, it goes on.
+What is done is kept in `{split}_caps.json.part`: started again after an interruption, it goes on.
 """
 
 import argparse
@@ -149,6 +149,11 @@ def check_heads(heads: list[int], words: list[str], where: str) -> list[int]:
     return heads
 
 
+def outputs(stem: str) -> tuple[str, str]:
+    """The two files of one split."""
+    return f"{stem}_precaps_stan.txt", f"{stem}_caps.json"
+
+
 def parse_split(stem: str, vocab: Vocabulary, heads_of: Heads, parser: str) -> int:
     """Write the two files of one split; returns the number of captions."""
     path = f"{stem}_caps.txt"
@@ -157,13 +162,13 @@ def parse_split(stem: str, vocab: Vocabulary, heads_of: Heads, parser: str) -> i
     print(f"{path}: {len(captions)} captions, {sum(map(len, words))} words")
     # What the lines done depend on: parser and words.
     key = hashlib.sha256(json.dumps([parser, words]).encode()).hexdigest()
-    target, part = f"{stem}_caps.json", f"{stem}_caps.json.part"
+    ids_file, target = outputs(stem)
+    part = f"{target}.part"
     done = read_part(part, key)
     if done:
         print(f"{part}: {len(done)} captions are done already")
-    with open(part, "w", encoding="utf-8") as file:  # again, without a line cut short
-        file.writelines(json.dumps(line) + "\n" for line in (key, *done))
-        file.flush()
+    write(part, "".join(json.dumps(line) + "\n" for line in (key, *done)))  # no line cut short
+    with open(part, "a", encoding="utf-8") as file:
         bar = progress(range(len(done), len(words), CHUNK), f"parsing {os.path.basename(stem)}")
         for start in bar:
             some = words[start : start + CHUNK]
@@ -176,24 +181,31 @@ def parse_split(stem: str, vocab: Vocabulary, heads_of: Heads, parser: str) -> i
                 file.write(json.dumps(pairs) + "\n")
             file.flush()
     ids = [[vocab("<start>"), *map(vocab, sentence), vocab("<end>")] for sentence in words]
-    write(f"{stem}_precaps_stan.txt", "".join(",".join(map(str, row)) + "\n" for row in ids))
+    if os.path.isfile(target):
+        os.remove(target)  # never beside word ids that it was not made with
+    write(ids_file, "".join(",".join(map(str, row)) + "\n" for row in ids))
     write(target, json.dumps(done))
     os.remove(part)
     return len(done)
 
 
 def read_part(path: str, key: str) -> list[list[list[int]]]:
-    """Lines that an interrupted run of the same key left; the last may be cut short."""
+    """What an interrupted run of the same key left, up to the first line that is not whole."""
     done = []
     if not os.path.isfile(path):
         return done
-    with open(path, encoding="utf-8") as lines:
+    with open(path, encoding="utf-8", errors="replace") as lines:
         if next(lines, "").strip() != json.dumps(key):
             return done
         for line in lines:
-            if not line.endswith("\n"):
+            try:
+                pairs = json.loads(line)
+                whole = line.endswith("\n") and all(len(pair) == 2 for pair in pairs)
+            except (ValueError, TypeError):
+                whole = False
+            if not whole:
                 break
-            done.append(json.loads(line))
+            done.append(pairs)
     return done
 
 
@@ -213,6 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--parser", default="spacy", choices=("spacy", "stanza", "corenlp"))
     parser.add_argument("--spacy_model", help="default: en_core_web_sm")
     parser.add_argument("--processes", type=int, default=1, help="of spaCy")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     parser.add_argument("--url", default="http://localhost:9000", help="of the CoreNLP server")
     opt = parser.parse_args(argv)
     folder = os.path.join(opt.data_path, opt.data_name)
@@ -224,16 +237,21 @@ def main(argv: list[str] | None = None) -> None:
     ]
     if not splits:
         raise FileNotFoundError(f"{folder}: no caption file such as train_caps.txt in it")
+    stems = [os.path.join(folder, split) for split in splits]
+    there = [path for stem in stems for path in outputs(stem) if os.path.exists(path)]
+    if there and not opt.overwrite:
+        raise InputError(
+            f"{there[0]}: there already, perhaps as published; give --overwrite to replace it, and "
+            "for all splits, or they would be split into words in two ways"
+        )
     heads_of = {
         "spacy": lambda: spacy_heads(opt.spacy_model, opt.processes),
         "stanza": stanza_heads,
         "corenlp": lambda: corenlp_heads(opt.url),
     }[opt.parser]()
-    for split in splits:
-        n = parse_split(
-            os.path.join(folder, split), vocab, heads_of, f"{opt.parser} {opt.spacy_model}"
-        )
-        print(f"{folder}/{split}_caps.json, {split}_precaps_stan.txt: {n} captions")
+    for stem in stems:
+        n = parse_split(stem, vocab, heads_of, f"{opt.parser} {opt.spacy_model}")
+        print(f"{', '.join(outputs(stem))}: {n} captions")
 
 
 if __name__ == "__main__":

@@ -1,58 +1,135 @@
 """Arrays of plain objects that older programs saved by pickling, read without running anything.
 
-A pickle may call any function of the machine it is read on. Here nothing but what rebuilds numbers,
-strings, dicts and numpy arrays can be named; a file that names anything else is refused.
+A pickle may call any function of the machine it is read on, and numpy's own, called with chosen
+arguments, read memory they should not. So no name in the file reaches anything but the stand-ins
+below, which take what numpy writes for numbers, strings and arrays, check it, and keep it.
 """
 
 import os
 import pickle
+import re
 
 import numpy as np
 
 from util.cli import InputError
 
+# dtypes of numbers, strings, bytes, and objects; no structured ones.
+_DTYPE = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248]|[SU]\d{0,6}|O8?)")
 
-def _encode(text: str, encoding: str) -> bytes:
+
+def _refuse(what: str):
+    raise pickle.UnpicklingError(what)
+
+
+class _Call:
+    """What a permitted name stands for: called as the original, and good for nothing else."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function):
+        self._function = function
+
+    def __call__(self, *args):
+        return self._function(*args)
+
+    def __setstate__(self, state):
+        _refuse("a function with a state")
+
+
+class _Dtype:
+    """A dtype as numpy writes it: a short name, then its byte order as state."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, name, *_):
+        if not isinstance(name, str) or not _DTYPE.fullmatch(name):
+            _refuse(f"dtype {str(name)[:20]}")
+        self.value = np.dtype(name)
+
+    def __setstate__(self, state):
+        _, order, part, names, fields, *_ = state
+        if part is not None or names is not None or fields is not None or order not in "<>|=":
+            _refuse("a structured dtype")
+        if order in "<>":
+            self.value = self.value.newbyteorder(order)
+
+
+class _Array:
+    """An array as numpy writes it: empty first, then its shape, dtype and content as state."""
+
+    __slots__ = ("value",)
+
+    def __setstate__(self, state):
+        _, shape, dtype, fortran, content = state
+        count = int(np.prod([int(n) for n in shape], dtype=object))
+        if dtype.value.hasobject:
+            if not isinstance(content, list) or len(content) != count:
+                _refuse("an array that is not as long as its content")
+            self.value = np.empty(count, dtype=object)
+            for k, x in enumerate(content):  # not at once: numpy would look into lists
+                self.value[k] = _plain(x)
+        else:
+            content = content.encode("latin1") if isinstance(content, str) else content
+            if not isinstance(content, bytes) or len(content) != count * dtype.value.itemsize:
+                _refuse("an array that is not as long as its content")
+            self.value = np.frombuffer(content, dtype.value)
+        self.value = self.value.reshape(shape, order="F" if fortran else "C")
+
+
+def _plain(x):
+    """An object with the arrays that stand in it, or in a dict, as numpy's own."""
+    if isinstance(x, dict):
+        return {
+            key: value.value if isinstance(value, _Array) else value for key, value in x.items()
+        }
+    return x.value if isinstance(x, _Array) else x
+
+
+def _scalar(dtype, content):
+    content = content.encode("latin1") if isinstance(content, str) else content
+    if dtype.value.hasobject or len(content) != dtype.value.itemsize:
+        _refuse("a number that is not as long as its dtype")
+    return np.frombuffer(content, dtype.value)[0]
+
+
+def _bytes(text, encoding):
     """How pickles of protocol 2 write bytes: as text in latin1."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes in {encoding}")
-    return text.encode("latin1")
+    return text.encode("latin1") if encoding == "latin1" else _refuse(f"bytes in {encoding}")
 
 
-_RECONSTRUCT = np.empty(0).__reduce__()[0]
-_SCALAR = np.float64(0).__reduce__()[0]
-_ALLOWED = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
-_ALLOWED |= {("_codecs", "encode"): _encode}
+_ALLOWED = {
+    ("numpy", "ndarray"): _Call(lambda *_: _refuse("numpy.ndarray called")),
+    ("numpy", "dtype"): _Call(_Dtype),
+    ("_codecs", "encode"): _Call(_bytes),
+}
 for _core in ("core", "_core"):  # before and since numpy 2
-    _ALLOWED[f"numpy.{_core}.multiarray", "_reconstruct"] = _RECONSTRUCT
-    _ALLOWED[f"numpy.{_core}.multiarray", "scalar"] = _SCALAR
+    _ALLOWED[f"numpy.{_core}.multiarray", "_reconstruct"] = _Call(lambda *_: _Array())
+    _ALLOWED[f"numpy.{_core}.multiarray", "scalar"] = _Call(_scalar)
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
-        try:
-            return _ALLOWED[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"{module}.{name}") from None
+        return _ALLOWED.get((module, name)) or _refuse(f"{module}.{name}")
 
     def persistent_load(self, pid):
-        raise pickle.UnpicklingError("a persistent object")
+        _refuse("a persistent object")
 
 
 def load_objects(path: str | os.PathLike) -> np.ndarray:
     """The array of a .npy file, of numbers or of plain objects (dicts, strings, numbers, arrays).
 
-    Raises InputError for a file that is no array or holds anything else, before any of it runs.
+    Raises InputError for a file that is no array or names anything else; nothing of it runs.
     """
     try:
         with open(path, "rb") as file:
             version = np.lib.format.read_magic(file)
             read = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
-            shape, fortran, dtype = read(file)
+            shape, _, dtype = read(file)
             if not dtype.hasobject:
                 file.seek(0)
                 return np.load(file, allow_pickle=False)
             objects = _Unpickler(file, encoding="latin1").load()
+            objects = objects.value if isinstance(objects, _Array) else _refuse("no array")
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path}: refused, a pickle that holds more than dicts, strings, numbers and arrays "
@@ -64,6 +141,6 @@ def load_objects(path: str | os.PathLike) -> np.ndarray:
         raise InputError(
             f"{path}: not a whole .npy array ({type(error).__name__}: {error}); copy it again"
         ) from None
-    if not isinstance(objects, np.ndarray) or objects.shape != shape:
-        raise InputError(f"{path}: expected an array of shape {shape} in its pickle")
+    if objects.shape != shape:
+        raise InputError(f"{path}: an array of shape {objects.shape}, its head says {shape}")
     return objects
