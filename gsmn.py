@@ -116,11 +116,13 @@ def structure_score(
     out_bias: Tensor,
     conv_bias: Tensor | None = None,
 ) -> Tensor:
-    """Scores (M, N) of one graph from its node vectors (M, N, V, B): section 3.2, structure level.
+    """Scores (M, N) of one graph from its nodes' vectors m (M, N, V, B): structure level.
 
-    conv (H, B) are the kernels' weights W_k one below the other. edges: what a node's own vector is
-    multiplied with, (m, n, V, k); with `neighbours` e_ij, (m, n, k, V, V). The letters in lower
-    case are M, N, K, or 1.
+    Section 3.2 of the paper: x_i = ||_k sigma(sum_j e_ij W_k m_j + b), then s = mean_i W_s sigma(W_h x_i + b_h) +
+    b_s. conv (H, B) are the W_k one below the other, conv_bias b; hidden W_h, out W_s. edges: with
+    `neighbours` e_ij, (m, n, k, V, V); else, as published, what a node's own vector is multiplied
+    with instead of that sum, (m, n, V, k), and no sigma around it. The letters in lower case are M,
+    N, K, or 1.
     """
     h = (nodes @ conv.mT).unflatten(3, (KERNELS, -1))  # (M, N, V, K, H / K)
     if neighbours:
@@ -169,11 +171,11 @@ def score_some(
         norms = norms.permute(2, 0, 1)  # (B, i, R)
         textual_edges = [x[None] for x in textual_edges]  # (1, n, W, ...)
     scale = how.lambda_softmax
-    x = word_nodes(
-        by_word, word_dots, keys, keys.size(2) < depth, word_norms, scale
-    )  # (M, N, W, B)
+    gram = keys.size(2) < depth
+    x = word_nodes(by_word, word_dots, keys, gram, word_norms, scale)  # (M, N, W, B)
     keys = block_keys(words, b)  # (n, W, B F)
-    y = region_nodes(by_region, region_dots, keys, keys.size(2) < depth, norms, scale)
+    gram = keys.size(2) < depth
+    y = region_nodes(by_region, region_dots, keys, gram, norms, scale)  # (N, B, M, R)
     y = y.permute(0, 2, 3, 1) if paired else y.permute(2, 0, 3, 1)  # (M, N, R, B)
 
     edges = None
@@ -302,10 +304,10 @@ def textual_edges(
     """Edges of the textual graph: (C, W, W) with `neighbours`, else (C, W).
 
     words (C, W, D); lengths (C,) on the host; adjacency (C, W, W), the dependency pairs both ways
-    plus the identity, or None for the dense graph. The edges are e = softmax_j(scale t_i.t_j)
-    (equation 1), for the sparse graph times the adjacency and divided by the L2 norm over j
-    (equation 2). As published a node's own vector is multiplied with sum_j e_ij a_ij / sum_j e_ij,
-    which is 1 unless a word depends on itself.
+    plus the identity, or None for the dense graph. The paper's edges (section 3.1) are S_ij =
+    softmax_j(scale u_i . u_j); for the sparse graph S times A, divided by the L2 norm over j. As
+    published a node's own vector is multiplied with sum_j e_ij a_ij / sum_j e_ij, which is 1 unless
+    a word depends on itself.
     """
     inside = (torch.arange(words.size(1)) < lengths[:, None]).to(words.device)  # (C, W)
     e = scale * (words @ words.mT)  # (C, W, W)
