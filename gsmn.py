@@ -118,11 +118,11 @@ def structure_score(
 ) -> Tensor:
     """Scores (M, N) of one graph from its nodes' vectors m (M, N, V, B): structure level.
 
-    Section 3.2 of the paper: x_i = ||_k sigma(sum_j e_ij W_k m_j + b), then s = mean_i W_s sigma(W_h x_i + b_h) +
-    b_s. conv (H, B) are the W_k one below the other, conv_bias b; hidden W_h, out W_s. edges: with
-    `neighbours` e_ij, (m, n, k, V, V); else, as published, what a node's own vector is multiplied
-    with instead of that sum, (m, n, V, k), and no sigma around it. The letters in lower case are M,
-    N, K, or 1.
+    Section 3.2 of the paper: x_i = ||_k sigma(sum_j e_ij W_k m_j + b), and then the mean over i of
+    W_s sigma(W_h x_i + b_h) + b_s. conv (H, B) are the W_k one below the other, conv_bias b, hidden
+    W_h, out W_s. edges: with `neighbours` e_ij, (m, n, k, V, V); else, as published, what a node's
+    own vector is multiplied with instead of that sum, (m, n, V, k), and no sigma around it. The
+    letters in lower case are M, N, K, or 1.
     """
     h = (nodes @ conv.mT).unflatten(3, (KERNELS, -1))  # (M, N, V, K, H / K)
     if neighbours:
