@@ -202,6 +202,11 @@ class GraphDataset(PrecompDataset):
             self._compare_ids(self._caption_file(stem), text, vocab)
         rows, regions, _ = self.images.shape
         self.box_path = f"{stem}_ims_bbx.npy"
+        if not os.path.isfile(self.box_path):
+            raise FileNotFoundError(
+                f"{self.box_path}: no boxes, which GSMN needs: (N, R, 4), left, top, right, bottom "
+                "in pixels (util/convert_data.py writes them)"
+            )
         self.boxes = open_array(self.box_path, ndim=3)  # (rows, R, 4)
         if self.boxes.shape != (rows, regions, 4):
             raise InputError(
@@ -209,10 +214,28 @@ class GraphDataset(PrecompDataset):
                 f"images of {regions} regions; expected ({rows}, {regions}, 4)"
             )
         self.sizes = read_sizes(f"{stem}_ims_size.npy", rows)  # (rows, 2)
+        self._check_boxes()
         self.published_boxes, self.published_folds = published_boxes, published_folds
         self.pairs = None
         if dependencies:
             self._read_dependencies(f"{stem}_caps.json")
+
+    def _check_boxes(self) -> None:
+        """Look at all boxes now: a run should not find a NaN in those of dev after an epoch."""
+        boxes = np.asarray(self.boxes, np.float32)  # (rows, R, 4)
+        finite = np.isfinite(boxes).all((1, 2))
+        if not finite.all():
+            row = int(np.argmin(finite))
+            raise InputError(f"{self.box_path}: row {row} (from 0) holds NaN or Inf")
+        said = f"warning: {self.box_path}: expected left, top, right, bottom in pixels, but"
+        if boxes.max() <= 1 < self.sizes.max():
+            print(f"{said} no number is above 1: are they parts of the image already?")
+        turned = (boxes[..., 2:] < boxes[..., :2]).any(2).mean()
+        if turned > 0.01:
+            print(
+                f"{said} {turned:.0%} of the boxes end before they begin: are they left, top, "
+                "width, height?"
+            )
 
     def _caption_file(self, stem: str) -> str:
         path = f"{stem}_precaps_stan.txt"
@@ -235,8 +258,8 @@ class GraphDataset(PrecompDataset):
                 ) from None
             if min(ids) < 0 or max(ids) >= len(vocab):
                 raise InputError(
-                    f"{path}: line {row} has word ids from {min(ids)} to {max(ids)}, the "
-                    f"vocabulary {len(vocab)} words; give --vocab_path that of the ids"
+                    f"{path}: line {row} has word ids from {min(ids)} to {max(ids)}, expected from "
+                    f"0 to {len(vocab) - 1} as in the vocabulary; give --vocab_path that of the ids"
                 )
             yield ids
 
@@ -247,7 +270,7 @@ class GraphDataset(PrecompDataset):
         if len(captions) != expected:
             raise InputError(
                 f"{path}: word ids of {expected} captions, but {text} holds {len(captions)}; make "
-                "the first again with util/dependency_parser.py"
+                "the first again with util/dependency_parser.py --overwrite"
             )
         words = same = 0
         for row in np.unique(np.linspace(0, self.n_captions - 1, 1000).astype(int)).tolist():
@@ -260,17 +283,17 @@ class GraphDataset(PrecompDataset):
         if same < 0.5 * words:
             raise InputError(
                 f"{said}: they were made with another vocabulary; give --vocab_path that one, or "
-                "make them again with util/dependency_parser.py"
+                "make them again with util/dependency_parser.py --overwrite"
             )
-        if same < 0.95 * words:
-            print(f"warning: {said}: were they made with another vocabulary?")
+        if same < words:
+            print(f"warning: {said}: were they made with another vocabulary, or captions?")
 
     def _read_dependencies(self, path: str) -> None:
         """Fill self.pairs (all, 2), those of caption n from self.pair_start[n] to [n + 1]."""
         if not os.path.isfile(path):
             raise FileNotFoundError(
-                f"{path}: no dependencies, which --is_sparse needs; make them with "
-                "`python util/dependency_parser.py`"
+                f"{path}: no dependencies, which --is_sparse needs; make them with `python "
+                "util/dependency_parser.py --data_path DATA_PATH --data_name DATA_NAME`"
             )
         try:
             with open(path, encoding="utf-8") as file:
@@ -313,6 +336,11 @@ class GraphDataset(PrecompDataset):
                     f"{first}; the words were split in another way: make both files again with "
                     "util/dependency_parser.py"
                 )
+            if len(past) > 0.1 * (len(past) + ends[-1]):
+                raise InputError(
+                    f"{first}, and so are {len(past)} of {len(past) + ends[-1]}: they are those of "
+                    "other captions; make them again with util/dependency_parser.py --overwrite"
+                )
             print(f"warning: {first}; {len(past)} such pairs are left out, as published")
         self.pairs = torch.from_numpy(np.array(flat, dtype=np.int32)).view(-1, 2)
         self.pair_start = torch.tensor(ends)
@@ -327,8 +355,6 @@ class GraphDataset(PrecompDataset):
             row, batch = caption // k, caption // self.published_boxes
             times = k + min(k * (row + 1), (batch + 1) * self.published_boxes) - k * row
         boxes = self.boxes[row].astype(np.float32)  # (R, 4)
-        if not np.isfinite(boxes).all():
-            raise InputError(f"{self.box_path}: row {row} (from 0) holds NaN or Inf")
         for _ in range(times):
             boxes /= np.tile(self.sizes[row], 2)
         return super().image_item(image) | {"boxes": torch.from_numpy(boxes)}

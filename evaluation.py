@@ -355,7 +355,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("checkpoint", nargs="+", help="one model, or the models of an ensemble")
     parser.add_argument("--data_path", help="folder that holds the data; default: as in training")
-    parser.add_argument("--split", default="test", help="dev | test | testall")
+    parser.add_argument("--split", default="test", help="dev | test (default) | testall")
     parser.add_argument("--fold5", action="store_true", help="mean over five parts (COCO 1K)")
     parser.add_argument("--vocab_path", help="folder of the vocabulary; default: as in training")
     parser.add_argument("--save_path", help="write the score matrix here (.npy)")

@@ -346,14 +346,14 @@ class GSMN(nn.Module):
         neighbours: bool = False,
     ):
         super().__init__()
-        if feat_dim != num_block:
-            raise ValueError(
-                f"feat_dim {feat_dim}: a node's vector has a number a block, so expected num_block "
-                f"{num_block}"
-            )
         if embed_size % num_block:
             raise ValueError(
                 f"num_block {num_block}: expected a divisor of embed_size {embed_size}"
+            )
+        if feat_dim != num_block:
+            raise ValueError(
+                f"feat_dim {feat_dim}: a node's vector has one number a block, so expected as many "
+                f"as num_block, {num_block}"
             )
         if hid_dim % KERNELS:
             raise ValueError(f"hid_dim {hid_dim}: expected a multiple of the {KERNELS} kernels")

@@ -21,6 +21,12 @@ def number(kind: type, low: float, strict: bool = False) -> Callable[[str], floa
     return parse
 
 
+# Options that one system alone has.
+OWN = {
+    "scan": ("cross_attn", "raw_feature_norm", "agg_func", "lambda_lse"),
+    "gsmn": ("is_sparse", "num_block", "feat_dim", "hid_dim", "out_dim", "neighbours"),
+}
+
 COUNT, FROM_0 = number(int, 1), number(int, 0)
 POSITIVE, NOT_NEGATIVE = number(float, 0, strict=True), number(float, 0)
 
@@ -49,9 +55,14 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", default=0, type=FROM_0, help="decides everything random")
     run.add_argument("--model_name", default="./runs/runX/checkpoint", help="checkpoints go here")
     run.add_argument("--logger_name", default="./runs/runX/log", help="TensorBoard, log.jsonl")
-    run.add_argument("--log_step", default=10, type=COUNT, help="steps between printed lines")
     run.add_argument(
-        "--val_step", default=500, type=FROM_0, help="steps between validations; 0: each epoch only"
+        "--log_step", default=10, type=COUNT, help="steps between printed lines (GSMN: 100)"
+    )
+    run.add_argument(
+        "--val_step",
+        default=500,
+        type=FROM_0,
+        help="steps between validations (GSMN: 15000); 0: each epoch only",
     )
     run.add_argument(
         "--resume", default="", metavar="PATH", help="checkpoint to go on from, exactly if ours"
@@ -135,7 +146,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--is_sparse", action="store_true", help="textual graph of dependencies instead of dense"
     )
     gsmn.add_argument("--num_block", default=16, type=COUNT, help="blocks of the joint space")
-    gsmn.add_argument("--feat_dim", default=16, type=COUNT, help="a node's vector: num_block")
+    gsmn.add_argument(
+        "--feat_dim", default=16, type=COUNT, help="numbers in a node's vector: as num_block"
+    )
     gsmn.add_argument("--hid_dim", default=32, type=COUNT, help="numbers a node in the graph")
     gsmn.add_argument("--out_dim", default=1, type=COUNT, help="outputs a node, averaged")
     gsmn.add_argument(
@@ -152,7 +165,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     system = parser.parse_known_args(argv)[0].model
     parser.set_defaults(**PAPER_DEFAULTS[system])
-    return parser.parse_args(argv)
+    opt = parser.parse_args(argv)
+    for owner, names in OWN.items():
+        for name in names:
+            if owner != system and getattr(opt, name) != parser.get_default(name):
+                parser.error(f"--{name} is an option of --model {owner}, not of {system}")
+    return opt
 
 
 def defaults(system: str) -> dict:

@@ -283,7 +283,7 @@ def test_checkpoints_without_all_weights(tmp_path, monkeypatch, edit):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--feat_dim 8", "--feat_dim 8: a node's vector has a number a block, so expected"),
+        ("--feat_dim 8", "--feat_dim 8: a node's vector has one number a block, so expected"),
         ("--num_block 24 --feat_dim 24", "--num_block 24: expected a divisor of embed_size 1024"),
         ("--hid_dim 12", "--hid_dim 12: expected a multiple of the 8 kernels"),
     ],
@@ -537,6 +537,38 @@ def test_a_dependency_past_its_caption(tiny_graphs, capsys):
         dataset()
 
 
+def test_boxes_in_another_form_are_noticed(tiny_graphs, capsys):
+    path = "data/tiny_precomp/train_ims_bbx.npy"
+    boxes = np.load(path)
+    dataset()
+    assert "warning" not in capsys.readouterr().out
+    np.save(path, np.concatenate([boxes[..., :2], boxes[..., 2:] - boxes[..., :2]], -1))
+    dataset()
+    assert "are they left, top, width, height?" in capsys.readouterr().out
+    np.save(path, boxes / 1000)
+    dataset()
+    assert "are they parts of the image already?" in capsys.readouterr().out
+
+
+def test_dependencies_of_other_captions(tiny_graphs):
+    """Each caption with those of a longer one: most are past its end."""
+    folder = tiny_graphs / "data" / "tiny_precomp"
+    chain = [[i, i + 1] for i in range(20)]
+    edit_json(folder / "train_caps.json", lambda x: x.__setitem__(slice(None), [chain] * 100))
+    with pytest.raises(InputError, match="past its .* words, and so are .* those of other capt"):
+        dataset()
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [("--is_sparse", "is_sparse"), ("--model gsmn --cross_attn i2t", "cross_attn")],
+)
+def test_options_of_another_system_are_refused(flags, name, capsys):
+    with pytest.raises(SystemExit):
+        options.parse(flags.split())
+    assert f"--{name} is an option of --model" in capsys.readouterr().err
+
+
 def test_word_ids_of_another_vocabulary(tiny_graphs, capsys):
     """Each id one too high is one word too many in front."""
     path = tiny_graphs / "data" / "tiny_precomp" / "train_precaps_stan.txt"
@@ -555,7 +587,7 @@ def test_word_ids_of_another_vocabulary(tiny_graphs, capsys):
     write(lambda x: int(x) > 14)
     capsys.readouterr()
     dataset()
-    assert "were they made with another vocabulary?" in capsys.readouterr().out
+    assert "were they made with another vocabulary, or captions?" in capsys.readouterr().out
     path.write_text("".join(",".join(row) + "\n" for row in lines))
     captions = path.parent / "train_caps.txt"
     captions.write_text("\n".join(captions.read_text().splitlines()[:80]))
@@ -567,7 +599,7 @@ def test_bad_word_ids(tiny_graphs):
     path = tiny_graphs / "data" / "tiny_precomp" / "train_precaps_stan.txt"
     lines = path.read_text().splitlines()
     for line, message in (
-        ("1,99,2", "line 3 has word ids from 1 to 99, the vocabulary 20 words"),
+        ("1,99,2", "line 3 has word ids from 1 to 99, expected from 0 to 19"),
         ("1,-4,2", "line 3 has word ids from -4 to 2"),
         ("a dog", "line 3 is 'a dog', expected word ids such as"),
         ("", "line 3 is '', expected word ids such as"),
@@ -587,10 +619,11 @@ def test_bad_boxes(tiny_graphs):
     boxes[3, 1, 2] = np.nan
     np.save(path, boxes)
     with pytest.raises(InputError, match=r"train_ims_bbx.npy: row 3 \(from 0\) holds NaN"):
-        dataset()[15]
-    path.unlink()
-    with pytest.raises(FileNotFoundError, match="train_ims_bbx.npy"):
         dataset()
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="train_ims_bbx.npy: no boxes, which GSMN needs"):
+        dataset()
+    boxes[3, 1, 2] = 400
     np.save(path, boxes)
     (path.parent / "train_ims_size.npy").unlink()
     with pytest.raises(FileNotFoundError, match="GSMN needs the images' sizes"):

@@ -241,8 +241,8 @@ def main(argv: list[str] | None = None) -> None:
     there = [path for stem in stems for path in outputs(stem) if os.path.exists(path)]
     if there and not opt.overwrite:
         raise InputError(
-            f"{there[0]}: there already, perhaps as published; give --overwrite to replace it, and "
-            "for all splits, or they would be split into words in two ways"
+            f"{there[0]}: there already; --overwrite replaces it. All splits want the same "
+            "parser and vocabulary"
         )
     heads_of = {
         "spacy": lambda: spacy_heads(opt.spacy_model, opt.processes),
