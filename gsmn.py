@@ -198,7 +198,7 @@ def score_all(
     """Scores (I, C) of all pairs, no graph kept."""
     regions, words = images[0], captions[0]
     scores = regions.new_empty(len(regions), len(words))  # (I, C)
-    for length, caption, image in blocks(cap_lens, regions, how.num_block, 16):
+    for length, caption, image in blocks(cap_lens, regions, 2 * how.num_block, 16):
         some = tuple(x[caption, :length] for x in captions)
         part = score_some(tuple(x[image] for x in images), some, False, *weights, how=how)  # (n, i)
         scores[image, caption] = part.mT
@@ -408,5 +408,5 @@ class GSMN(nn.Module):
             (words, *edges),
             lengths,
             (*self.textual_graph.weights(), *self.visual_graph.weights()),
-            per_dot=how.num_block,
+            per_dot=2 * how.num_block,  # the dots block by block, and the attended vectors
         )
