@@ -15,6 +15,7 @@ import pickle
 import re
 import shutil
 import tempfile
+from collections import OrderedDict
 
 import numpy as np
 import torch
@@ -144,7 +145,9 @@ def load(path: str, device: str | torch.device = "cpu") -> dict:
         ) from None
     check_contents(checkpoint, path)
     checkpoint["model"] = [
-        {re.sub(r"^[vt]GNN\.", lambda m: RENAMED[m[0]], key): x for key, x in state.items()}
+        OrderedDict(
+            (re.sub(r"^[vt]GNN\.", lambda m: RENAMED[m[0]], key), x) for key, x in state.items()
+        )
         for state in checkpoint["model"]
     ]
     system = recognise(checkpoint["model"])

@@ -178,7 +178,9 @@ def test_other_systems_are_recognised(tmp_path, states, system):
     names = [("fc.weight", *states[0]), ("embed.weight", *states[1]), *states[2:]]
     states = [{name: torch.zeros(2, 2) for name in some} for some in names]
     torch.save({"model": states, "opt": argparse.Namespace()}, path)
-    with pytest.raises(ValueError, match=f"a checkpoint of {system}, which this version"):
+    with pytest.raises(
+        ValueError, match=f"a checkpoint of {system}( without|, which this version)"
+    ):
         ckpt.load(path)
 
 
@@ -281,4 +283,4 @@ def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_golden_checkpoints_load(case):
     state = ckpt.load(str(case / "init.pth.tar"))
     assert isinstance(state["model"][0], collections.OrderedDict)
-    assert state["opt"].model == "scan"
+    assert state["opt"].model == case.name.partition("_")[0]
