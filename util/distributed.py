@@ -7,6 +7,7 @@ whole batch. Started plainly, each function here does nothing.
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator
 
 import torch
@@ -54,6 +55,8 @@ def joined(device: torch.device) -> Iterator[None]:
         except RuntimeError as error:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
+            # torchrun ends the processes that are left; this one says why first.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             raise InputError(
                 f"process {rank()} of {world()}: lost another process of the run; why stands near "
                 "this line, or as an exit code in torchrun's report below; checkpoints already "
