@@ -46,6 +46,11 @@ class Matching(NamedTuple):
     lambda_softmax: float = 20.0
     neighbours: bool = False
 
+    @property
+    def per_dot(self) -> int:
+        """Numbers kept for each dot: the dots block by block, and the attended vectors."""
+        return 2 * self.num_block
+
 
 def block_keys(x: Tensor, num_block: int) -> Tensor:
     """What the length of an attended vector sum_k a_k x_k needs, block by block: (N, V, B F).
@@ -198,7 +203,7 @@ def score_all(
     """Scores (I, C) of all pairs, no graph kept."""
     regions, words = images[0], captions[0]
     scores = regions.new_empty(len(regions), len(words))  # (I, C)
-    for length, caption, image in blocks(cap_lens, regions, 2 * how.num_block, 16):
+    for length, caption, image in blocks(cap_lens, regions, how.per_dot, 16):
         some = tuple(x[caption, :length] for x in captions)
         part = score_some(tuple(x[image] for x in images), some, False, *weights, how=how)  # (n, i)
         scores[image, caption] = part.mT
@@ -408,5 +413,5 @@ class GSMN(nn.Module):
             (words, *edges),
             lengths,
             (*self.textual_graph.weights(), *self.visual_graph.weights()),
-            per_dot=2 * how.num_block,  # the dots block by block, and the attended vectors
+            per_dot=how.per_dot,
         )
