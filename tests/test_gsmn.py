@@ -420,6 +420,8 @@ FIELDS = (3, "|", None, ("image_w",), {"image_w": (np.dtype("O"), 0)}, 8, 1, 0)
         Twisted((-1,), Dtype("i8", PLAIN), b""),
         Hostile(np.float64(0).__reduce__()[0], np.dtype("O"), b"A" * 8),
         Hostile(np.float64(0).__reduce__()[0], np.dtype("i8"), b"A"),
+        Hostile(np.float64(0).__reduce__()[0], np.dtype("i8"), b"A" * 16),
+        Twisted((1,), Dtype("O,i8", PLAIN), [1]),  # structured by its name
     ],
 )
 def test_numpy_does_not_read_what_it_should_not(tmp_path, evil):
