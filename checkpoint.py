@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import glob
 import inspect
+import math
 import numbers
 import os
 import pickle
@@ -24,16 +25,19 @@ from torch import nn
 import options
 from gsmn import GSMN
 from model import SCAN
+from pfan import PFAN, PFANWhole
 from util.cli import InputError
 from vocab import Vocabulary, deserialize_vocab
 
 # Their arguments are options of the same names.
-MODELS = {"scan": SCAN, "gsmn": GSMN}
+MODELS = {"scan": SCAN, "gsmn": GSMN, "pfan": PFAN, "pfan_whole": PFANWhole}
 
 # The parts of a model in the order of the published list of state dicts.
 PARTS = {
     "scan": ("img_enc", "txt_enc"),
     "gsmn": ("img_enc", "txt_enc", "visual_graph", "textual_graph"),
+    "pfan": ("img_enc", "txt_enc"),
+    "pfan_whole": ("img_enc", "txt_enc"),
 }
 
 # GSMN's convolutions under the names of its later revision.
@@ -51,7 +55,10 @@ SAFE += [
 def build_model(opt: argparse.Namespace, vocab_size: int) -> nn.Module:
     """The model that the options describe, freshly initialised from torch's random state."""
     kind = MODELS[opt.model]
-    names = list(inspect.signature(kind).parameters)[1:]  # all but vocab_size
+    takes = set()  # its own arguments, and those that it passes on to what it is derived from
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        takes |= inspect.signature(base).parameters.keys()
+    names = takes & options.defaults(opt.model).keys()
     try:
         return kind(vocab_size, **{name: getattr(opt, name) for name in names})
     except ValueError as error:  # an unknown variant, named by the model
@@ -101,7 +108,7 @@ def recognise(states: list[dict]) -> str:
 
 
 def read_architecture(states: list[dict]) -> dict:
-    """The options that the shapes of the encoders' and the graphs' weights tell."""
+    """The options that the names and shapes of the weights tell."""
     image, text, *graphs = states
     weight = image.get("fc.weight", image.get("fc.weight_v"))
     layers = [key for key in text if key.startswith("rnn.weight_ih") and "reverse" not in key]
@@ -113,6 +120,12 @@ def read_architecture(states: list[dict]) -> dict:
         "bi_gru": "rnn.weight_ih_l0_reverse" in text,
         "precomp_enc_type": "weight_norm" if "fc.weight_v" in image else "basic",
     }
+    if "position_embedding.weight" in image:
+        rows, known["position_embed_size"] = image["position_embedding.weight"].shape
+        known["split_size"] = math.isqrt(rows - 1)
+        known["img_dim"] -= known["position_embed_size"]
+        if "fc_whole.weight" not in image:
+            known["position"] = "attention" if "fc_att.weight" in image else "only"
     if graphs:
         conv = graphs[1]["graph_convolution_3.conv_weights.0.weight"]
         known["feat_dim"] = known["num_block"] = conv.shape[1]
@@ -153,7 +166,7 @@ def load(path: str, device: str | torch.device = "cpu") -> dict:
     system = recognise(checkpoint["model"])
     if system not in PARTS:
         raise InputError(f"{path}: a checkpoint of {system}, which this version cannot run yet")
-    if system == "gsmn" and "run" not in checkpoint:
+    if system != "scan" and "run" not in checkpoint:
         checkpoint["epoch"] = checkpoint.get("epoch", 0) - 1  # published: how many are finished
     filled = options.defaults(system)
     stored = {name: x for name, x in vars(checkpoint["opt"]).items() if x is not None}
@@ -200,6 +213,24 @@ def check_contents(checkpoint: dict, path: str) -> None:
         raise InputError(f"{path}: not a checkpoint of this family: expected {what}")
 
 
+def vocab_file(opt: argparse.Namespace, folder: str) -> str:
+    """The vocabulary file in a folder: {data_name}_vocab.json.
+
+    The whole-image variant of PFAN has its own, {data_name}_sent_vocab.json, where there is one.
+    """
+    path = os.path.join(folder, f"{opt.data_name}_vocab.json")
+    sent = os.path.join(folder, f"{opt.data_name}_sent_vocab.json")
+    own = opt.model == "pfan_whole" and (os.path.isfile(sent) or not os.path.isfile(path))
+    return sent if own else path
+
+
+def as_read(vocab: Vocabulary, opt: argparse.Namespace) -> Vocabulary:
+    """The vocabulary as the system reads words: PFAN's whole-image variant takes those unknown for
+    <pad>, as published."""
+    vocab.unknown = "<pad>" if opt.model == "pfan_whole" else "<unk>"
+    return vocab
+
+
 def find_vocab(
     checkpoint: dict, path: str, vocab_path: str | os.PathLike | None = None
 ) -> Vocabulary:
@@ -216,11 +247,10 @@ def find_vocab(
         own = vocab = Vocabulary.from_state_dict(checkpoint["vocab"], path)
         source = path
     if own is None or vocab_path:
-        name = f"{opt.data_name}_vocab.json"
         here = os.path.dirname(os.path.abspath(__file__))
         places = [opt.vocab_path, os.path.join(here, opt.vocab_path)]
         places = [os.fspath(vocab_path)] if vocab_path else places
-        files = [p if p.endswith(".json") else os.path.join(p, name) for p in places]
+        files = [p if p.endswith(".json") else vocab_file(opt, p) for p in places]
         source = next((file for file in files if os.path.isfile(file)), files[0])
         vocab = deserialize_vocab(source)
     rows = checkpoint["model"][1]["embed.weight"].shape[0]
@@ -234,7 +264,7 @@ def find_vocab(
             f"{source}: not the vocabulary that {path} was trained with, the word ids differ; "
             "give --vocab_path the folder of the vocabulary that the checkpoint came with"
         )
-    return own or vocab
+    return as_read(own or vocab, opt)
 
 
 def save(state: dict, directory: str, name: str, is_best: bool = False) -> None:

@@ -1,8 +1,9 @@
 """Precomputed region features and captions, read lazily; batches; loaders.
 
 `DATA_PATH/DATA_NAME/` holds per split `{split}_ims.npy` (rows, R, F), `{split}_caps.txt` and,
-optionally, `{split}_ids.txt`; for GSMN boxes and dependencies too (see GraphDataset). Letters: B
-batch, R regions, F numbers a region, W words.
+optionally, `{split}_ids.txt`; for GSMN boxes and dependencies too (see GraphDataset), for PFAN the
+blocks of the regions (see PositionDataset). Letters: B batch, R regions, F numbers a region, W
+words, K blocks a region.
 """
 
 import argparse
@@ -21,34 +22,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from util.arrays import open_array, read_sizes
 from util.cli import InputError, progress
-from util.plain_pickle import load_objects
 from vocab import Vocabulary, read_captions
 
 DEV_CAPTIONS = 5000  # the published programs validate on the first 5,000 captions
-
-
-def open_array(path: str, ndim: int) -> np.ndarray:
-    """Memory-map a float array of `ndim` axes; nothing in the file is unpickled."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such feature file; see `Your own data` in README.md")
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except PermissionError:
-        raise
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(
-            f"{path}: not a whole .npy array ({error}); it may be truncated "
-            f"({os.path.getsize(path)} bytes here): copy or make it again"
-        ) from None
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"{path}: an archive of arrays (.npz); expected one array (.npy)")
-    if array.ndim != ndim or array.dtype not in (np.float16, np.float32, np.float64):
-        raise InputError(
-            f"{path}: expected a float16 or float32 array of {ndim} axes, "
-            f"found {array.dtype} of shape {array.shape}"
-        )
-    return array
 
 
 def repeats(array: np.ndarray, captions_per_row: int) -> int:
@@ -77,7 +55,8 @@ class PrecompDataset(Dataset):
     """One split of precomputed features with its captions; an item is one caption and its image.
 
     `data_path` is the folder of the split's files, `data_split` one of train, dev, test, testall.
-    Attributes: `n_images` distinct images, `n_captions`, `k` captions an image, `ids` or None.
+    Attributes: `n_images` distinct images, `n_captions`, `k` captions an image, `ids` or None. A
+    split to test on may hold, the other way round, `candidates` images a caption.
     Raises InputError or FileNotFoundError naming file and row where the files do not fit.
     """
 
@@ -93,17 +72,25 @@ class PrecompDataset(Dataset):
                 f"{self.path}: regions have {found} numbers, the model expects {img_dim}; "
                 f"give --img_dim {found}, or the features that the checkpoint was trained on"
             )
-        if rows == 0 or len(captions) % rows:
+        self.candidates = 1
+        if data_split.startswith("test") and rows > len(captions) and rows % len(captions) == 0:
+            self.candidates = rows // len(captions)
+            print(
+                f"notice: {text}: {len(captions)} captions for {rows} images, so {self.candidates} "
+                "candidate images a caption"
+            )
+        elif rows == 0 or len(captions) % rows:
             raise InputError(
                 f"{text}: {len(captions)} captions for the {rows} rows of {self.path}; "
                 "expected a multiple (usually 5 captions an image, image by image)"
             )
-        self.stride = repeats(self.images, len(captions) // rows)  # rows an image takes
-        self.k = len(captions) // (rows // self.stride)
+        # Rows an image takes, and captions an image.
+        self.stride = repeats(self.images, len(captions) // rows) if self.candidates == 1 else 1
+        self.k = len(captions) * self.candidates // (rows // self.stride)
         if data_split == "dev":
             captions = captions[: max(DEV_CAPTIONS // self.k, 1) * self.k]
         self.n_captions = len(captions)
-        self.n_images = self.n_captions // self.k
+        self.n_images = self.n_captions * self.candidates // self.k
         self.ids = self._read_ids(f"{stem}_ids.txt", rows)
 
         # One flat array: forked loader workers share it, where a list of objects would be copied.
@@ -139,7 +126,7 @@ class PrecompDataset(Dataset):
         ids = read_captions(path)
         if len(ids) == rows:
             ids = ids[:: self.stride]
-        elif len(ids) == rows // self.stride * self.k:
+        elif len(ids) == rows // self.stride * self.k // self.candidates:
             ids = ids[:: self.k]
         elif len(ids) != rows // self.stride:
             raise InputError(f"{path}: {len(ids)} ids for {rows // self.stride} images")
@@ -166,9 +153,108 @@ class PrecompDataset(Dataset):
         return self.n_captions
 
     def __getitem__(self, caption: int) -> dict:
-        image = caption // self.k
+        image = caption * self.candidates // self.k
         where = {"index": caption, "image_index": image}
         return self.image_item(image) | self.caption_item(caption) | where
+
+
+class PositionDataset(PrecompDataset):
+    """PFAN's split: regions come with the blocks of the image that they overlap.
+
+    `{split}_boxes.npy` (rows, R, 2 K): K block ids, then K weights, as util/positions.py writes
+    them; more columns (the area) are not read. `split_size` squared is the id of no block.
+    """
+
+    def __init__(
+        self, data_path: str, data_split: str, vocab: Vocabulary, img_dim: int, split_size: int = 16
+    ):
+        super().__init__(data_path, data_split, vocab, img_dim)
+        self.none = split_size**2
+        self.block_path = os.path.join(data_path, f"{data_split}_boxes.npy")
+        if not os.path.isfile(self.block_path):
+            raise FileNotFoundError(
+                f"{self.block_path}: no positions, which PFAN needs; make them with `python "
+                "util/positions.py --data_path DATA_PATH --data_name DATA_NAME`"
+            )
+        self.blocks = open_array(self.block_path, ndim=3)  # (rows, R, 2 K or more)
+        rows, regions, _ = self.images.shape
+        self._check_blocks(rows, regions)
+
+    def _check_blocks(self, rows: int, regions: int) -> None:
+        if self.blocks.shape[:2] != (rows, regions) or self.blocks.shape[2] < 2:
+            raise InputError(
+                f"{self.block_path}: an array of shape {self.blocks.shape}, but {self.path} holds "
+                f"{rows} images of {regions} regions; expected ({rows}, {regions}, 30)"
+            )
+
+    def image_item(self, image: int) -> dict[str, Tensor]:
+        """{'images': (R, F), 'blocks': (R, K) ids, 'overlap': (R, K) weights}."""
+        row = image * self.stride
+        k = self.blocks.shape[2] // 2
+        table = torch.from_numpy(np.array(self.blocks[row, :, : 2 * k], np.float32))  # (R, 2 K)
+        ids, overlap = table.split(k, 1)
+        blocks = ids.long()  # (R, K)
+        wrong = (blocks != ids) | (blocks < 0) | (blocks > self.none) | ~(overlap >= 0)
+        wrong |= overlap.isinf()
+        if wrong.any():
+            region = int(wrong.any(1).nonzero()[0])
+            raise InputError(
+                f"{self.block_path}: row {row} (from 0), region {region}: expected {k} block ids "
+                f"from 0 to {self.none}, then {k} weights from 0 on, found "
+                f"{reprlib.repr(table[region].tolist())}; it is not made for --split_size "
+                f"{round(self.none**0.5)}, or these are not blocks: util/positions.py makes them"
+            )
+        return super().image_item(image) | {"blocks": blocks, "overlap": overlap.contiguous()}
+
+
+class WholeDataset(PositionDataset):
+    """The split of PFAN's whole-image variant: images come with a vector of the whole image.
+
+    `{split}_who_ims.npy` (rows, F); captions from `{split}_sent_caps.txt` where there is one. With
+    `need_box_whole` the last region of `{split}_ims.npy` is the whole image, of which
+    `{split}_boxes.npy` may have a row or not.
+    """
+
+    def __init__(
+        self,
+        data_path: str,
+        data_split: str,
+        vocab: Vocabulary,
+        img_dim: int,
+        split_size: int = 16,
+        need_box_whole: bool = False,
+    ):
+        self.need_box_whole = need_box_whole
+        super().__init__(data_path, data_split, vocab, img_dim, split_size)
+        self.whole_path = os.path.join(data_path, f"{data_split}_who_ims.npy")
+        self.whole = open_array(self.whole_path, ndim=2)  # (rows, F)
+        if self.whole.shape != (len(self.images), img_dim):
+            raise InputError(
+                f"{self.whole_path}: an array of shape {self.whole.shape}, expected "
+                f"({len(self.images)}, {img_dim}), a vector for each image of {self.path}"
+            )
+
+    def _caption_file(self, stem: str) -> str:
+        path = f"{stem}_sent_caps.txt"
+        return path if os.path.isfile(path) else super()._caption_file(stem)
+
+    def _check_blocks(self, rows: int, regions: int) -> None:
+        if self.need_box_whole and self.blocks.shape[1] == regions - 1:
+            regions -= 1
+        super()._check_blocks(rows, regions)
+
+    def image_item(self, image: int) -> dict[str, Tensor]:
+        """As PositionDataset, and 'whole' (F,); blocks and overlap of a whole image left out."""
+        item = super().image_item(image)
+        whole = np.array(self.whole[image * self.stride])
+        if not np.isfinite(whole).all():
+            raise InputError(
+                f"{self.whole_path}: row {image * self.stride} (from 0) holds NaN or Inf"
+            )
+        if self.need_box_whole:
+            regions = len(item["images"]) - 1
+            item |= {name: item[name][:regions] for name in ("blocks", "overlap")}
+        return item | {"whole": torch.from_numpy(whole)}
 
 
 class GraphDataset(PrecompDataset):
@@ -364,36 +450,18 @@ class GraphDataset(PrecompDataset):
         item = super().caption_item(caption)
         if self.pairs is None:
             return item
-        adjacency = torch.zeros(len(item["captions"]), len(item["captions"]))  # (W, W)
         start, end = self.pair_start[caption : caption + 2]
-        governor, dependent = self.pairs[start:end].long().unbind(1)
-        adjacency[governor, dependent] = adjacency[dependent, governor] = 1
-        return item | {"adjacency": adjacency + torch.eye(len(adjacency))}
+        pairs = self.pairs[start:end].long()  # (pairs, 2)
+        return item | {"adjacency": adjacency(len(item["captions"]), pairs)}
 
 
-def read_sizes(path: str, rows: int) -> np.ndarray:
-    """Widths and heights (rows, 2) of `{split}_ims_size.npy`, float32; see GraphDataset."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f"{path}: no such file; GSMN needs the images' sizes, a row an image with image_w "
-            "and image_h (util/convert_data.py writes it)"
-        )
-    sizes = load_objects(path)
-    if sizes.shape != (rows,):
-        raise InputError(f"{path}: sizes of shape {sizes.shape}, expected {rows}, one an image")
-    try:
-        pairs = [(float(size["image_w"]), float(size["image_h"])) for size in sizes]
-    except (TypeError, KeyError, IndexError, ValueError, OverflowError):
-        found = reprlib.repr(sizes[0])
-        raise InputError(
-            f"{path}: expected rows with numbers image_w and image_h, found {found}"
-        ) from None
-    sizes = np.array(pairs, np.float32)
-    wrong = ~(np.isfinite(sizes) & (sizes > 0)).all(1)
-    if wrong.any():
-        row = int(wrong.argmax())
-        raise InputError(f"{path}: row {row} (from 0): an image of {pairs[row]} pixels")
-    return sizes
+def adjacency(words: int, pairs: Tensor) -> Tensor:
+    """(W, W): 1 for each dependency (governor, dependent) of pairs (P, 2), both ways, plus the
+    identity."""
+    a = torch.zeros(words, words)  # (W, W)
+    governor, dependent = pairs.unbind(1)
+    a[governor, dependent] = a[dependent, governor] = 1
+    return a + torch.eye(words)
 
 
 def open_split(
@@ -406,6 +474,11 @@ def open_split(
     """The dataset that the system of the options reads; `more` as its class has it."""
     if opt.model == "gsmn":
         return GraphDataset(folder, split, vocab, opt.img_dim, opt.is_sparse, **more)
+    if opt.model == "pfan":
+        return PositionDataset(folder, split, vocab, opt.img_dim, opt.split_size)
+    if opt.model == "pfan_whole":
+        positions = opt.split_size, opt.need_box_whole
+        return WholeDataset(folder, split, vocab, opt.img_dim, *positions)
     return PrecompDataset(folder, split, vocab, opt.img_dim)
 
 

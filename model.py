@@ -163,17 +163,25 @@ class EncoderText(nn.Module):
 
     def forward(self, captions: Tensor, lengths: Tensor) -> Tensor:
         """captions (C, W) word ids, lengths (C,) -> words (C, W, D), zero beyond each length."""
+        return self.words_and_sentence(captions, lengths)[0]
+
+    def words_and_sentence(self, captions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """The words (C, W, D) and the last layer's final state (C, D), mean of its directions."""
         # Sorted here, from lengths on the host: packing would fetch the order back from the device.
         lengths, order = lengths.cpu().sort(descending=True, stable=True)
         back = order.argsort().to(captions.device)
         x = self.embed(captions[order.to(captions.device)])  # (C, W, word_dim)
-        out, _ = self.rnn(pack_padded_sequence(x, lengths, batch_first=True))
+        out, state = self.rnn(pack_padded_sequence(x, lengths, batch_first=True))
         x, _ = pad_packed_sequence(out, batch_first=True, total_length=captions.size(1))
         x = x[back].float()  # (C, W, D) or (C, W, 2 D); float32 under autocast too
         if self.rnn.bidirectional:
             ahead, behind = x.chunk(2, dim=-1)
             x = (ahead + behind) / 2  # (C, W, D)
-        return x if self.no_txtnorm else l2norm(x, dim=-1)
+        state = state[-2:] if self.rnn.bidirectional else state[-1:]
+        sentence = state.float().mean(0)[back]  # (C, D)
+        if self.no_txtnorm:
+            return x, sentence
+        return l2norm(x, dim=-1), l2norm(sentence, dim=-1)
 
 
 class CrossAttention(NamedTuple):
@@ -184,6 +192,7 @@ class CrossAttention(NamedTuple):
     agg_func: str = "LogSumExp"
     lambda_softmax: float = 9.0
     lambda_lse: float = 6.0
+    focus: float = 0.0  # PFAN: what the aggregate of each query's largest weight counts
 
 
 def attention(s: Tensor, how: CrossAttention) -> tuple[Tensor, float]:
@@ -243,7 +252,13 @@ def attend(s: Tensor, gram: Tensor, query_length: Tensor, how: CrossAttention) -
     square = mul(g, a).sum(key)  # (N, W, M) or (N, M, R)
     dot = mul(s, a).sum(key)  # like square
     x = cosine(dot, square, query_length, floor)  # like square
-    return aggregate(x, 1 if how.words_query else 2, how.lambda_lse)  # (N, M)
+    over = 1 if how.words_query else 2
+    scores = aggregate(x, over, how.lambda_lse)  # (N, M)
+    if how.focus:
+        # max().values, not amax(): ties pass their gradient to one key, as published.
+        largest = a.max(key).values / a.sum(key)  # like square
+        scores = scores + how.focus * aggregate(largest, over, how.lambda_lse)  # (N, M)
+    return scores
 
 
 def compile_scores() -> None:
@@ -411,6 +426,7 @@ class SCAN(nn.Module):
     """Region and word encoders, and their stacked cross attention score."""
 
     compile_scores = staticmethod(compile_scores)
+    FOCUS = {"t2i": 0.0, "i2t": 0.0}  # of CrossAttention, for each direction
 
     def __init__(
         self,
@@ -428,15 +444,21 @@ class SCAN(nn.Module):
         agg_func: str = "LogSumExp",
         lambda_softmax: float = 9.0,
         lambda_lse: float = 6.0,
+        image_encoder: Callable[..., nn.Module] = EncoderImage,
     ):
         super().__init__()
-        self.img_enc = EncoderImage(img_dim, embed_size, precomp_enc_type, no_imgnorm)
+        self.img_enc = image_encoder(img_dim, embed_size, precomp_enc_type, no_imgnorm)
         self.txt_enc = EncoderText(vocab_size, word_dim, embed_size, num_layers, bi_gru, no_txtnorm)
         words_query = choose({"t2i": True, "i2t": False}, cross_attn, "cross_attn")
         choose(RAW_FEATURE_NORM, raw_feature_norm, "raw_feature_norm")
         choose(AGG_FUNC, agg_func, "agg_func")
         self.how = CrossAttention(
-            words_query, raw_feature_norm, agg_func, lambda_softmax, lambda_lse
+            words_query,
+            raw_feature_norm,
+            agg_func,
+            lambda_softmax,
+            lambda_lse,
+            self.FOCUS[cross_attn],
         )
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -452,6 +474,17 @@ class SCAN(nn.Module):
         words = self.txt_enc(batch["captions"], batch["lengths"])
         return {"words": words, "lengths": batch["lengths"]}
 
-    def similarity(self, images: dict[str, Tensor], captions: dict[str, Tensor]) -> Tensor:
-        """Scores (I, C) of every encoded image with every encoded caption."""
-        return xattn_score(images["regions"], captions["words"], captions["lengths"], self.how)
+    def similarity(
+        self,
+        images: dict[str, Tensor],
+        captions: dict[str, Tensor],
+        cross_attn: str | None = None,
+    ) -> Tensor:
+        """Scores (I, C) of every encoded image with every encoded caption.
+
+        `cross_attn` (t2i or i2t) is a direction other than the one that the model was made for.
+        """
+        how = self.how
+        if cross_attn is not None:
+            how = how._replace(words_query=cross_attn == "t2i", focus=self.FOCUS[cross_attn])
+        return xattn_score(images["regions"], captions["words"], captions["lengths"], how)

@@ -4,7 +4,12 @@ import argparse
 from collections.abc import Callable
 
 # A paper's own defaults where they differ from SCAN's; filled in when a checkpoint lacks an option.
-PAPER_DEFAULTS: dict[str, dict] = {"scan": {}, "gsmn": {"log_step": 100, "val_step": 15000}}
+PAPER_DEFAULTS: dict[str, dict] = {
+    "scan": {},
+    "gsmn": {"log_step": 100, "val_step": 15000},
+    "pfan": {},
+    "pfan_whole": {"embed_size": 512},
+}
 
 
 def number(kind: type, low: float, strict: bool = False) -> Callable[[str], float]:
@@ -21,10 +26,13 @@ def number(kind: type, low: float, strict: bool = False) -> Callable[[str], floa
     return parse
 
 
-# Options that one system alone has.
+# Options that not all systems have.
 OWN = {
-    "scan": ("cross_attn", "raw_feature_norm", "agg_func", "lambda_lse"),
-    "gsmn": ("is_sparse", "num_block", "feat_dim", "hid_dim", "out_dim", "neighbours"),
+    ("scan", "pfan", "pfan_whole"): ("cross_attn", "raw_feature_norm", "agg_func", "lambda_lse"),
+    ("gsmn",): ("is_sparse", "num_block", "feat_dim", "hid_dim", "out_dim", "neighbours"),
+    ("pfan", "pfan_whole"): ("split_size", "position_embed_size"),
+    ("pfan",): ("position",),
+    ("pfan_whole",): ("lambda_whole", "need_box_whole"),
 }
 
 COUNT, FROM_0 = number(int, 1), number(int, 0)
@@ -116,14 +124,16 @@ def build_parser() -> argparse.ArgumentParser:
     model = parser.add_argument_group("encoders")
     model.add_argument("--img_dim", default=2048, type=COUNT, help="numbers a region")
     model.add_argument("--word_dim", default=300, type=COUNT, help="word embedding size")
-    model.add_argument("--embed_size", default=1024, type=COUNT, help="joint space size")
+    model.add_argument(
+        "--embed_size", default=1024, type=COUNT, help="joint space size (pfan_whole: 512)"
+    )
     model.add_argument("--num_layers", default=1, type=COUNT, help="GRU layers")
     model.add_argument("--bi_gru", action="store_true", help="GRU in both directions")
     model.add_argument("--precomp_enc_type", default="basic", help="basic | weight_norm")
     model.add_argument("--no_imgnorm", action="store_true", help="do not normalise regions")
     model.add_argument("--no_txtnorm", action="store_true", help="do not normalise words")
 
-    scan = parser.add_argument_group("SCAN")
+    scan = parser.add_argument_group("SCAN and PFAN")
     scan.add_argument("--cross_attn", default="t2i", help="t2i (words attend to regions) | i2t")
     scan.add_argument(
         "--raw_feature_norm",
@@ -157,6 +167,23 @@ def build_parser() -> argparse.ArgumentParser:
         help="nodes take up their neighbours' vectors, as the paper says; in the published code "
         "each sees its own only",
     )
+
+    pfan = parser.add_argument_group("PFAN")
+    pfan.add_argument(
+        "--position",
+        default="attention",
+        help="attention (PFAN-A: regions attend to their blocks) | only (PFAN-P: their overlap)",
+    )
+    pfan.add_argument(
+        "--split_size", default=16, type=COUNT, help="blocks along a side of the image"
+    )
+    pfan.add_argument("--position_embed_size", default=200, type=COUNT, help="numbers a block")
+    pfan.add_argument(
+        "--lambda_whole", default=1.0, type=NOT_NEGATIVE, help="weight of the whole image's cosine"
+    )
+    pfan.add_argument(
+        "--need_box_whole", action="store_true", help="the last region is the whole image"
+    )
     return parser
 
 
@@ -166,10 +193,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     system = parser.parse_known_args(argv)[0].model
     parser.set_defaults(**PAPER_DEFAULTS[system])
     opt = parser.parse_args(argv)
-    for owner, names in OWN.items():
+    for owners, names in OWN.items():
         for name in names:
-            if owner != system and getattr(opt, name) != parser.get_default(name):
-                parser.error(f"--{name} is an option of --model {owner}, not of {system}")
+            if system not in owners and getattr(opt, name) != parser.get_default(name):
+                parser.error(f"--{name} is for --model {' | '.join(owners)}, not {system}")
     return opt
 
 

@@ -350,9 +350,9 @@ def validate(
 
 def read_vocab(opt: argparse.Namespace, resumed: dict | None) -> Vocabulary:
     """The vocabulary file of the options; a resumed checkpoint must agree with it."""
-    path = os.path.join(opt.vocab_path, f"{opt.data_name}_vocab.json")
+    path = ckpt.vocab_file(opt, opt.vocab_path)
     if resumed is None:
-        return deserialize_vocab(path)
+        return ckpt.as_read(deserialize_vocab(path), opt)
     given = path if os.path.isfile(path) or resumed.get("vocab") is None else None
     return ckpt.find_vocab(resumed, opt.resume, given)
 

@@ -1,6 +1,7 @@
 """Words and their indices, and how a caption becomes words.
 
 python vocab.py --data_path data --data_name f30k_precomp     # writes vocab/f30k_precomp_vocab.json
+python vocab.py --data_name tencent_data --sent               # vocab/tencent_data_sent_vocab.json
 """
 
 import argparse
@@ -16,7 +17,7 @@ import nltk
 from util.cli import InputError, progress, run
 
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
-PUNKT, ONE_SENTENCE = "punkt", "one_sentence"
+PUNKT, ONE_SENTENCE, JIEBA = "punkt", "one_sentence", "jieba"
 
 
 @functools.cache
@@ -34,20 +35,39 @@ def available_tokenizer() -> str:
         return ONE_SENTENCE
 
 
+@functools.cache
+def jieba_cut():
+    """jieba's word segmentation."""
+    try:
+        import jieba
+    except ImportError:
+        raise InputError(
+            "Chinese captions without spaces are split into words by jieba, which is not installed:"
+            " pip install jieba (captions with a space between words do without)"
+        ) from None
+    jieba.setLogLevel("WARNING")
+    return jieba.lcut
+
+
 def tokenize(caption: str, tokenizer: str | None = None) -> list[str]:
     """Lower-case tokens of a caption, by `nltk.word_tokenize`.
 
     `tokenizer` is `punkt` (split sentences, then words: the published way), `one_sentence` (words
     only, needs no data files) or None: punkt where it is installed. They differ where a full stop
     inside a caption touches a word: "he ran. he fell." has the token "ran." in one sentence.
+    `jieba` splits Chinese that has no spaces between words.
     """
+    if tokenizer == JIEBA:
+        return [word for word in jieba_cut()(caption.lower()) if word.strip()]
     if tokenizer != ONE_SENTENCE:
         tokenizer = available_tokenizer()
     return nltk.word_tokenize(caption.lower(), preserve_line=tokenizer == ONE_SENTENCE)
 
 
 class Vocabulary:
-    """A two-way map between words and indices; unknown words become `<unk>`."""
+    """A two-way map between words and indices; unknown words become `unknown`."""
+
+    unknown = "<unk>"
 
     def __init__(self, tokenizer: str | None = None):
         self.word2idx: dict[str, int] = {}
@@ -63,7 +83,7 @@ class Vocabulary:
 
     def __call__(self, word: str) -> int:
         index = self.word2idx.get(word)
-        return self.word2idx["<unk>"] if index is None else index
+        return self.word2idx[self.unknown] if index is None else index
 
     def __len__(self) -> int:
         return len(self.word2idx)
@@ -144,18 +164,35 @@ def read_captions(path: str | os.PathLike) -> list[str]:
     return captions
 
 
-def build_vocab(data_path: str, data_name: str, threshold: int = 4) -> Vocabulary:
+def build_vocab(
+    data_path: str,
+    data_name: str,
+    threshold: int = 4,
+    captions: str = "caps",
+    tokenizer: str | None = None,
+) -> Vocabulary:
     """Words of the train and dev captions that occur at least `threshold` times.
 
     Words are numbered after the four special ones in the order in which they are first seen, so
-    that two runs give the same file.
+    that two runs give the same file. `captions` are those of `{split}_{captions}.txt`; see tokenize
+    for `tokenizer`.
     """
-    tokenizer = available_tokenizer()
+    tokenizer = tokenizer or available_tokenizer()
     counter: Counter[str] = Counter()
+    total = unspaced = 0
     for split in ("train", "dev"):
-        path = os.path.join(data_path, data_name, f"{split}_caps.txt")
+        path = os.path.join(data_path, data_name, f"{split}_{captions}.txt")
         for caption in progress(read_captions(path), f"tokenising {split}"):
-            counter.update(tokenize(caption, tokenizer))
+            tokens = tokenize(caption, tokenizer)
+            counter.update(tokens)
+            total += 1
+            unspaced += any(len(token) > 7 and "\u4e00" <= token[0] <= "\u9fff" for token in tokens)
+    if unspaced > 0.1 * total:
+        print(
+            f"warning: {unspaced} of {total} captions hold Chinese without spaces between words; "
+            "--tokenizer jieba splits it (pip install jieba)",
+            file=sys.stderr,
+        )
     vocab = Vocabulary(tokenizer)
     for word in (*SPECIAL, *(word for word, count in counter.items() if count >= threshold)):
         vocab.add_word(word)
@@ -170,9 +207,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data_name", default="f30k_precomp", help="e.g. f30k_precomp")
     parser.add_argument("--threshold", type=int, default=4, help="fewest occurrences of a word")
     parser.add_argument("--out", help="where to write; default vocab/DATA_NAME_vocab.json")
+    parser.add_argument(
+        "--sent",
+        action="store_true",
+        help="of {split}_sent_caps.txt, to vocab/DATA_NAME_sent_vocab.json: for pfan_whole",
+    )
+    parser.add_argument(
+        "--tokenizer", choices=[JIEBA], help="for Chinese without spaces; default: nltk"
+    )
     opt = parser.parse_args(argv)
-    out = opt.out or os.path.join("vocab", f"{opt.data_name}_vocab.json")
-    vocab = build_vocab(opt.data_path, opt.data_name, opt.threshold)
+    sent = "sent_" if opt.sent else ""
+    out = opt.out or os.path.join("vocab", f"{opt.data_name}_{sent}vocab.json")
+    vocab = build_vocab(opt.data_path, opt.data_name, opt.threshold, f"{sent}caps", opt.tokenizer)
     serialize_vocab(vocab, out)
     print(f"{out}: {len(vocab)} words (tokens: {vocab.tokenizer})")
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import vocab
+from util import positions
 
 WORDS = "red green blue tall small dog cat man bird car runs sits flies stands".split()
 GOLDEN = sorted((Path(__file__).parent / "golden").iterdir())
@@ -48,6 +49,14 @@ def write_graphs(folder: Path, split: str, words: vocab.Vocabulary) -> None:
     (folder / f"{split}_caps.json").write_text(json.dumps(chains))
 
 
+def write_positions(folder: Path, split: str, dim: int = 12, with_area: bool = False) -> None:
+    """What PFAN reads besides: blocks, and of its whole-image variant vectors of whole images."""
+    positions.convert(str(folder / split), with_area=with_area)
+    n = len(np.load(folder / f"{split}_ims.npy", mmap_mode="r"))
+    whole = np.random.default_rng(n).normal(size=(n, dim)).astype(np.float32)
+    np.save(folder / f"{split}_who_ims.npy", whole)
+
+
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """A working directory with data/tiny_precomp (train, dev, test) and its vocabulary."""
@@ -67,6 +76,14 @@ def tiny_graphs(tiny):
     for split in ("train", "dev", "test"):
         write_graphs(tiny / "data" / "tiny_precomp", split, words)
     return tiny
+
+
+@pytest.fixture
+def tiny_positions(tiny_graphs):
+    """The same with blocks and whole images."""
+    for split in ("train", "dev", "test"):
+        write_positions(tiny_graphs / "data" / "tiny_precomp", split)
+    return tiny_graphs
 
 
 TRAIN = (

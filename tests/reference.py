@@ -19,23 +19,35 @@ def normalise(s: Tensor, how: str, dim: int = 0) -> Tensor:
     return s
 
 
-def pair_score(
-    queries: Tensor, keys: Tensor, norm: str, agg: str, lambda_softmax: float, lambda_lse: float
-) -> Tensor:
-    """Score of one pair: queries (Q, D) attend to keys (K, D), one query at a time."""
-    weights = normalise(queries @ keys.T, norm)  # (Q, K)
-    cosines = []
-    for query, row in zip(queries, weights, strict=True):
-        attention = torch.softmax(lambda_softmax * row, 0)  # (K,)
-        attended = (attention[:, None] * keys).sum(0)  # (D,)
-        cosines.append(query @ attended / (query.norm() * attended.norm()).clamp_min(1e-8))
-    x = torch.stack(cosines)  # (Q,)
+def aggregate(x: Tensor, agg: str, lambda_lse: float) -> Tensor:
+    """One number of x (Q,)."""
     return {
         "LogSumExp": lambda: (lambda_lse * x).exp().sum().log() / lambda_lse,
         "Mean": lambda: x.sum() / len(x),
         "Max": lambda: max(x),
         "Sum": lambda: x.sum(),
     }[agg]()
+
+
+def pair_score(
+    queries: Tensor,
+    keys: Tensor,
+    norm: str,
+    agg: str,
+    lambda_softmax: float,
+    lambda_lse: float,
+    focus: float = 0.0,
+) -> Tensor:
+    """Score of one pair: queries (Q, D) attend to keys (K, D), one query at a time."""
+    weights = normalise(queries @ keys.T, norm)  # (Q, K)
+    cosines, largest = [], []
+    for query, row in zip(queries, weights, strict=True):
+        attention = torch.softmax(lambda_softmax * row, 0)  # (K,)
+        attended = (attention[:, None] * keys).sum(0)  # (D,)
+        cosines.append(query @ attended / (query.norm() * attended.norm()).clamp_min(1e-8))
+        largest.append(max(attention))
+    score = aggregate(torch.stack(cosines), agg, lambda_lse)
+    return score + focus * aggregate(torch.stack(largest), agg, lambda_lse) if focus else score
 
 
 def xattn_score(
@@ -47,6 +59,7 @@ def xattn_score(
     agg: str = "LogSumExp",
     lambda_softmax: float = 9.0,
     lambda_lse: float = 6.0,
+    focus: float = 0.0,
 ) -> Tensor:
     """All pairs, one after the other: (I, C)."""
     scores = []
@@ -54,7 +67,7 @@ def xattn_score(
         for caption, length in zip(captions, cap_lens, strict=True):
             words = caption[:length]
             q, k = (words, image) if direction == "t2i" else (image, words)
-            scores.append(pair_score(q, k, norm, agg, lambda_softmax, lambda_lse))
+            scores.append(pair_score(q, k, norm, agg, lambda_softmax, lambda_lse, focus))
     return torch.stack(scores).view(len(images), len(captions))
 
 
@@ -88,6 +101,19 @@ def caption_loop(
         else:
             scores.append({"Mean": x.mean, "Sum": x.sum, "Max": x.amax}[agg](1))
     return torch.stack(scores, 1)
+
+
+def positions(encoder: torch.nn.Module, regions: Tensor, blocks: Tensor, overlap: Tensor) -> Tensor:
+    """PFAN's position vectors (R, P) of one image, region by region and block by block."""
+    table, vectors = encoder.position_embedding.weight, []
+    for region, ids, weights in zip(regions, blocks.tolist(), overlap, strict=True):
+        embedded = [table[k] for k in ids]
+        if encoder.attends:
+            query = encoder.fc_att.weight @ region + encoder.fc_att.bias  # (P,)
+            dots = torch.stack([torch.tanh(query @ e) for e in embedded])  # (K,)
+            weights = torch.softmax(weights * torch.softmax(dots, 0), 0)  # (K,)
+        vectors.append(sum(w * e for w, e in zip(weights, embedded, strict=True)))
+    return torch.stack(vectors)
 
 
 def hinge(scores: Tensor, margin: float, max_violation: bool) -> Tensor:

@@ -131,7 +131,7 @@ def pickled(folder):
 @pytest.mark.parametrize(
     ("spoil", "error", "message"),
     [
-        (lambda f: (f / "train_ims.npy").unlink(), FileNotFoundError, "no such feature file"),
+        (lambda f: (f / "train_ims.npy").unlink(), FileNotFoundError, "no such file"),
         (lambda f: (f / "train_caps.txt").unlink(), FileNotFoundError, "no such caption file"),
         (
             lambda f: (f / "train_caps.txt").write_text("a\n" * 13),

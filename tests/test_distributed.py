@@ -102,9 +102,11 @@ def process(rank: int, world: int, port: int, job, flags: list[str], out: str) -
         (3, 49, {"cross_attn": "t2i", "vse_mean_warmup_epochs": 1}),
         (2, 33, GSMN | {"is_sparse": True, "vse_mean_warmup_epochs": 0}),
         (2, 33, GSMN | {"is_sparse": True, "neighbours": True}),
+        (2, 33, {"model": "pfan", "vse_mean_warmup_epochs": 0}),
+        (2, 33, {"model": "pfan_whole", "cross_attn": "i2t", "vse_mean_warmup_epochs": 0}),
     ],
 )
-def test_loss_and_gradient_are_those_of_one_process(tiny_graphs, world, batch_size, options):
+def test_loss_and_gradient_are_those_of_one_process(tiny_positions, world, batch_size, options):
     """100 pairs: odd shares, and a last batch of one pair for two processes, of two for three."""
     flags = train_args(batch_size=batch_size, grad_clip=0, **options)
     gradients_of_an_epoch(flags, "one")

@@ -568,7 +568,7 @@ def test_dependencies_of_other_captions(tiny_graphs):
 def test_options_of_another_system_are_refused(flags, name, capsys):
     with pytest.raises(SystemExit):
         options.parse(flags.split())
-    assert f"--{name} is an option of --model" in capsys.readouterr().err
+    assert f"--{name} is for --model" in capsys.readouterr().err
 
 
 def test_word_ids_of_another_vocabulary(tiny_graphs, capsys):
@@ -628,7 +628,7 @@ def test_bad_boxes(tiny_graphs):
     boxes[3, 1, 2] = 400
     np.save(path, boxes)
     (path.parent / "train_ims_size.npy").unlink()
-    with pytest.raises(FileNotFoundError, match="GSMN needs the images' sizes"):
+    with pytest.raises(FileNotFoundError, match="it holds the images' sizes"):
         dataset()
 
 

@@ -11,6 +11,7 @@ from torch.fx.experimental import _config
 import gsmn
 from gsmn import GSMN
 from model import AGG_FUNC, RAW_FEATURE_NORM, SCAN, ContrastiveLoss, score_some
+from pfan import PFAN, PFANWhole
 
 
 def batch(n: int = 6) -> dict[str, torch.Tensor]:
@@ -48,6 +49,24 @@ def test_a_step_stays_on_its_device(direction, norm, agg, all_nonzero):
     with torch.inference_mode():
         images, captions = model(batch())
         assert model.similarity(images, captions).device.type == "meta"
+
+
+@pytest.mark.parametrize("direction", ["t2i", "i2t"])
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [(PFAN, {}), (PFAN, {"position": "only"}), (PFANWhole, {}), (PFANWhole, {"need_box_whole": 1})],
+)
+def test_a_step_of_pfan_stays_on_its_device(kind, more, direction, all_nonzero):
+    regions = 4 if more.get("need_box_whole") else 5
+    with torch.device("meta"):
+        model = kind(20, img_dim=12, word_dim=8, embed_size=16, cross_attn=direction, **more)
+        extra = {"blocks": torch.empty(6, regions, 3, dtype=torch.long)}
+        extra |= {"overlap": torch.empty(6, regions, 3), "whole": torch.empty(6, 12)}
+    images, captions = model(batch() | extra)
+    scores = model.similarity(images, captions)
+    assert scores.device.type == "meta" and scores.shape == (6, 6)
+    ContrastiveLoss(0.2, max_violation=True)(scores).backward()
+    assert all(p.grad.device.type == "meta" and p.grad.shape == p.shape for p in model.parameters())
 
 
 @pytest.mark.parametrize("is_sparse", [False, True])

@@ -1,0 +1,128 @@
+"""Pixel boxes to the blocks that PFAN reads.
+
+    python util/positions.py --data_path data --data_name f30k_precomp      # all splits
+    python util/positions.py --data_name tencent_data --with_area           # for pfan_whole
+
+An image is cut into 16 x 16 blocks, id = column * 16 + row. Of each region `{split}_boxes.npy`
+(N, R, 30) holds the ids of the 15 blocks that it overlaps most, largest overlap first and of equal
+ones the lower id first; then their weights, overlap divided by the sum of those 15. Where a region
+overlaps fewer blocks, the rest have id 256 (no block) and weight 0. It is made from
+`{split}_ims_bbx.npy` (N, R, 4), left, top, right, bottom in pixels, and `{split}_ims_size.npy`.
+"""
+
+import argparse
+import os
+import sys
+
+import numpy as np
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # run by its path
+
+from util.arrays import open_array, read_sizes  # noqa: E402
+from util.cli import InputError, progress, run  # noqa: E402
+
+SPLITS = ("train", "dev", "test", "testall")
+
+
+def find_blocks(
+    boxes: np.ndarray,
+    sizes: np.ndarray,
+    grid: int = 16,
+    n_blocks: int = 15,
+    with_area: bool = False,
+) -> np.ndarray:
+    """Blocks and weights (N, R, 2 n_blocks), float32, of boxes (N, R, 4) in pixels.
+
+    sizes (N, 2) are the images' widths and heights. What lies outside the image does not count. A
+    box without area, such as a region that is only padding, has no blocks. `with_area` adds a
+    column: the box's area in parts of the image's.
+    """
+    scale = np.tile(np.asarray(sizes, np.float64), 2)[:, None]  # (N, 1, 4)
+    low, high = np.split(np.asarray(boxes, np.float64) / scale * grid, 2, axis=2)  # (N, R, 2)
+    lines = np.arange(grid)
+    # How much of each column and of each row of blocks a box covers; in units of a block, so that
+    # blocks wholly inside have exactly 1 and tie.
+    covered = np.minimum(high[..., None], lines + 1) - np.maximum(low[..., None], lines)
+    columns, rows = np.moveaxis(covered.clip(0, 1), 2, 0)  # (N, R, grid)
+    overlap = (columns[..., :, None] * rows[..., None, :]).reshape(*columns.shape[:2], -1)
+    rounded = overlap.round(9)  # rounding shall not decide a tie, nor touch the next block
+    overlap = np.where(rounded > 0, overlap, 0)
+    order = np.argsort(-rounded, axis=2, kind="stable")[..., :n_blocks]  # (N, R, k)
+    kept = np.take_along_axis(overlap, order, 2)  # (N, R, k)
+    missing = n_blocks - kept.shape[2]  # a grid may have less than n_blocks
+    ids = np.where(kept > 0, order, grid**2)  # (N, R, k)
+    weights = kept / np.maximum(kept.sum(2, keepdims=True), 1e-300)  # (N, R, k)
+    pad = ((0, 0), (0, 0), (0, missing))
+    parts = [np.pad(ids, pad, constant_values=grid**2), np.pad(weights, pad)]
+    if with_area:
+        parts.append(np.prod(high - low, axis=2, keepdims=True) / grid**2)  # (N, R, 1)
+    return np.concatenate(parts, 2).astype(np.float32)
+
+
+def convert(
+    stem: str, grid: int = 16, n_blocks: int = 15, with_area: bool = False, chunk: int = 256
+) -> tuple[int, int]:
+    """Write `{stem}_boxes.npy`, whole or not at all: (images, regions that have no block)."""
+    boxes = open_array(f"{stem}_ims_bbx.npy", ndim=3)  # (N, R, 4)
+    if boxes.shape[2] != 4:
+        raise InputError(
+            f"{stem}_ims_bbx.npy: boxes of shape {boxes.shape}, expected (N, R, 4): left, top, "
+            "right, bottom in pixels"
+        )
+    sizes = read_sizes(f"{stem}_ims_size.npy", len(boxes))  # (N, 2)
+    shape = *boxes.shape[:2], 2 * n_blocks + with_area
+    part = f"{stem}_boxes.npy.part"
+    without = 0
+    try:
+        out = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape)
+        for start in progress(range(0, len(boxes), chunk), os.path.basename(stem)):
+            some = np.asarray(boxes[start : start + chunk], np.float64)
+            if not np.isfinite(some).all():
+                row = start + int(np.argmin(np.isfinite(some).all((1, 2))))
+                raise InputError(f"{stem}_ims_bbx.npy: row {row} (from 0) holds NaN or Inf")
+            found = find_blocks(some, sizes[start : start + chunk], grid, n_blocks, with_area)
+            without += int((found[..., 0] == grid**2).sum())
+            out[start : start + chunk] = found
+        out.flush()
+        os.replace(part, f"{stem}_boxes.npy")
+    except BaseException:
+        if os.path.isfile(part):
+            os.remove(part)
+        raise
+    return len(boxes), without
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--data_path", default="data", help="folder that holds DATA_NAME/")
+    parser.add_argument("--data_name", default="f30k_precomp", help="e.g. f30k_precomp")
+    parser.add_argument("--splits", nargs="+", help="default: those that have boxes")
+    parser.add_argument("--grid", type=int, default=16, help="blocks along a side of the image")
+    parser.add_argument("--blocks", type=int, default=15, help="blocks kept a region")
+    parser.add_argument("--with_area", action="store_true", help="the area as a last column")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    opt = parser.parse_args(argv)
+    if opt.grid < 1 or opt.blocks < 1:
+        raise InputError("--grid and --blocks: expected at least 1")
+    folder = os.path.join(opt.data_path, opt.data_name)
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{folder}: no such data folder; give --data_path its parent")
+    stems = {split: os.path.join(folder, split) for split in opt.splits or SPLITS}
+    if not opt.splits:
+        stems = {s: stem for s, stem in stems.items() if os.path.isfile(f"{stem}_ims_bbx.npy")}
+    if not stems:
+        raise FileNotFoundError(
+            f"{folder}: no boxes ({{split}}_ims_bbx.npy); util/convert_data.py writes them"
+        )
+    for stem in stems.values():
+        path = f"{stem}_boxes.npy"
+        if os.path.exists(path) and not opt.overwrite:
+            raise InputError(f"{path}: exists already; --overwrite replaces it")
+    for stem in stems.values():
+        images, without = convert(stem, opt.grid, opt.blocks, opt.with_area)
+        note = f"; {without} regions overlap no block" if without else ""
+        print(f"{stem}_boxes.npy: {images} images{note}")
+
+
+if __name__ == "__main__":
+    run(main)
