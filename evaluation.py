@@ -124,9 +124,9 @@ def score_matrix(
 
 def fold_slices(n_images: int, n_captions: int, fold: int, folds: int) -> tuple[slice, slice]:
     """Images, and their captions, of one of `folds` equal parts (published: 1,000 of 5,000)."""
-    k = n_captions // n_images
-    first, last = fold * n_images // folds, (fold + 1) * n_images // folds
-    return slice(first, last), slice(k * first, k * last)
+    n = min(n_images, n_captions)
+    first, last = fold * n // folds, (fold + 1) * n // folds
+    return tuple(slice(many // n * first, many // n * last) for many in (n_images, n_captions))
 
 
 def _own(scores: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -135,7 +135,7 @@ def _own(scores: np.ndarray) -> tuple[Tensor, Tensor]:
     if scores.ndim != 2 or not len(scores) or scores.shape[1] % len(scores):
         raise InputError(
             f"scores of shape {tuple(scores.shape)}: expected (images, captions) with the same "
-            "number of captions for each image"
+            "number of captions for each image, or of images for each caption"
         )
     if not torch.isfinite(scores).all():
         row, column = (~torch.isfinite(scores)).nonzero()[0].tolist()
@@ -145,6 +145,12 @@ def _own(scores: np.ndarray) -> tuple[Tensor, Tensor]:
         )
     n, m = scores.shape
     return scores, scores.view(n, n, m // n).diagonal().mT
+
+
+def _candidates(scores: np.ndarray) -> bool:
+    """Whether scores (N, M) have several images a caption."""
+    rows, columns = (*np.shape(scores), 0, 0)[:2]
+    return 0 < columns < rows and rows % columns == 0
 
 
 def _metrics(ranks: Tensor) -> dict[str, float]:
@@ -162,7 +168,11 @@ def i2t(scores: np.ndarray, return_ranks: bool = False):
 
     scores (N, k N), captions image by image. Returns {'r1', 'r5', 'r10', 'medr', 'meanr'}, and with
     `return_ranks` also (ranks (N,) from 0, top1 (N,) caption indices). Raises InputError on NaN.
+    With several images a caption, (k M, M), each image has one caption, as each caption has one
+    image in t2i.
     """
+    if _candidates(scores):
+        return t2i(np.asarray(scores).T, return_ranks)
     scores, own = _own(scores)
     best = own.amax(1, keepdim=True)  # (N, 1)
     ranks = (scores >= best).sum(1) - (own >= best).sum(1)  # (N,)
@@ -173,6 +183,8 @@ def i2t(scores: np.ndarray, return_ranks: bool = False):
 
 def t2i(scores: np.ndarray, return_ranks: bool = False):
     """Text to image: rank of each caption's image among all images; see i2t."""
+    if _candidates(scores):
+        return i2t(np.asarray(scores).T, return_ranks)
     scores, own = _own(scores)
     ranks = (scores >= own.reshape(1, -1)).sum(0) - 1  # (M,)
     if return_ranks:
@@ -189,6 +201,71 @@ def retrieval_metrics(scores: np.ndarray) -> dict:
         "ari": sum(recalls["t2i"]) / 3,
         "rsum": sum(recalls["i2t"]) + sum(recalls["t2i"]),
     }
+
+
+def average_precision(
+    scores: Sequence[Sequence[float]],
+    relevant: Sequence[Sequence[int]],
+    ks: Sequence[int] = (1, 2, 3),
+) -> dict[str, float]:
+    """MAP@k and A@k of queries with judged candidates, as published for Tencent-News.
+
+    For each query the scores of its candidates, and 1 where a candidate is relevant, else 0. With m
+    = min(k, candidates), AP@k = (1 / m) sum_{i <= m} (relevant among the first i) / i, and 'map@k'
+    is its mean over the queries that have at least k relevant candidates; 'a@k' is the part of
+    their first m that is relevant, all these queries taken together; 'queries@k' is how many they
+    are. Beside them 'map', the usual one: the mean, over queries with a relevant candidate, of the
+    precision at each relevant one. All from 0 to 1 (NaN where there is no such query). Of equal
+    scores, irrelevant candidates rank first. Raises InputError on NaN and on flags not 0 or 1.
+    """
+    ranked = []
+    for query, (x, flags) in enumerate(zip(scores, relevant, strict=True)):
+        x, flags = np.asarray(x, np.float64), np.asarray(flags)
+        if x.shape != flags.shape or not np.isin(flags, (0, 1)).all() or not np.isfinite(x).all():
+            raise InputError(
+                f"query {query} (from 0): expected as many finite scores as flags 0 or 1, found "
+                f"{len(x)} scores, {len(flags)} flags"
+            )
+        ranked.append(flags[np.lexsort((flags, -x))].astype(int))
+    metrics = {}
+    for k in ks:
+        tops = [flags[:k] for flags in ranked if len(flags) and flags.sum() >= k]
+        precisions = [np.mean(top.cumsum() / np.arange(1, len(top) + 1)) for top in tops]
+        metrics[f"map@{k}"] = float(np.mean(precisions)) if tops else float("nan")
+        hits, judged = sum(int(top.sum()) for top in tops), sum(map(len, tops))
+        metrics[f"a@{k}"] = hits / judged if judged else float("nan")
+        metrics[f"queries@{k}"] = len(tops)
+    usual = [
+        np.mean((flags.cumsum() / np.arange(1, len(flags) + 1))[flags == 1])
+        for flags in ranked
+        if flags.any()
+    ]
+    return metrics | {"map": float(np.mean(usual)) if usual else float("nan")}
+
+
+def weighted_scores(
+    models: Sequence[Sequence[dict[str, float]]], weights: Sequence[float] | None = None
+) -> list[dict[str, float]]:
+    """Mean scores of several models' candidates, query by query, for average_precision.
+
+    A model gives a dict of scores by candidate for each query. A candidate that not all models
+    score gets the mean of those that do. Published weights: 1, 1 and 1.5.
+    """
+    weights = weights or [1.0] * len(models)
+    if len(weights) != len(models) or not all(weight > 0 for weight in weights):
+        raise InputError(f"{len(models)} models with weights {weights}: expected one above 0 each")
+    if len({len(model) for model in models}) > 1:
+        raise InputError(f"models that score {[len(m) for m in models]} queries: expected the same")
+    means = []
+    for query in zip(*models, strict=True):
+        total: dict[str, list[float]] = {}
+        for weight, scores in zip(weights, query, strict=True):
+            for name, score in scores.items():
+                sums = total.setdefault(name, [0.0, 0.0])
+                sums[0] += weight * score
+                sums[1] += weight
+        means.append({name: score / weight for name, (score, weight) in total.items()})
+    return means
 
 
 def mean_metrics(folds: list[dict]) -> dict:
@@ -247,8 +324,11 @@ def model_scores(
     if published:
         published = published | {"published_boxes": opt.batch_size}
     dataset = open_split(folder, split, vocab, opt, **published)
-    if folds > dataset.n_images:
-        raise InputError(f"{folder}: {dataset.n_images} images of {split}, too few for five folds")
+    fewest = min(dataset.n_images, dataset.n_captions)
+    if folds > fewest:
+        raise InputError(
+            f"{folder}: {fewest} images or captions of {split}, too few for five folds"
+        )
     print("Computing results...")
     images, captions = encode_data(model, dataset, batch_size or opt.batch_size)
     print(f"Images: {dataset.n_images}, Captions: {dataset.n_captions}")
