@@ -18,6 +18,7 @@ import asyncio
 import math
 import os
 import signal
+import socket
 import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -459,7 +460,11 @@ def main(argv: list[str] | None = None) -> None:
         timeout_graceful_shutdown=int(2 * limits.seconds) + 5,
     )
     server = uvicorn.Server(config)
-    sock = config.bind_socket()
+    family = socket.AF_INET6 if ":" in opt.host else socket.AF_INET
+    try:
+        sock = socket.create_server((opt.host, opt.port), family=family, backlog=config.backlog)
+    except (OSError, OverflowError) as error:
+        raise InputError(f"--host {opt.host} --port {opt.port}: {error}") from None
     host, port = sock.getsockname()[:2]
     print(f"serving {scorer.opt.model} at http://{host}:{port} (described at /docs)", flush=True)
     server.run(sockets=[sock])

@@ -1,6 +1,7 @@
 # Sourced by the scripts of single rows: trains one model and prints the paper's recalls beside ours.
 # The row sets: name, title, data_name, flags (bash array), paper (six recalls, or nothing), and
-# dependencies=yes where it needs them: util/dependency_parser.py makes those that are missing. Use:
+# dependencies=yes or positions=yes where it needs them: util/dependency_parser.py and
+# util/positions.py make those that are missing. Use:
 #   bash scripts/ROW.sh DATA_PATH [more flags of train.py]
 # Checkpoints and logs go to runs/$name (or $RUNS/$name) and the vocabulary is read from, or built in,
 # vocab (or $VOCAB_PATH), all seen from where the script is called.
@@ -17,9 +18,11 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/scripts/environment.sh"
 vocab_path=${VOCAB_PATH:-vocab}
 run=${RUNS:-runs}/$name
-[ -f "$vocab_path/${data_name}_vocab.json" ] ||
-  "$PYTHON" "$root/vocab.py" --data_path "$data_path" --data_name "$data_name" \
-    --out "$vocab_path/${data_name}_vocab.json"
+sent=
+[ ! -f "$data_path/$data_name/train_sent_caps.txt" ] || sent=sent_
+[ -f "$vocab_path/${data_name}_${sent}vocab.json" ] ||
+  "$PYTHON" "$root/vocab.py" --data_path "$data_path" --data_name "$data_name" ${sent:+--sent} \
+    --out "$vocab_path/${data_name}_${sent}vocab.json"
 if [ -n "${dependencies:-}" ]; then
   missing=()
   for split in train dev test testall; do
@@ -29,6 +32,16 @@ if [ -n "${dependencies:-}" ]; then
   [ ${#missing[@]} -eq 0 ] ||
     "$PYTHON" "$root/util/dependency_parser.py" --data_path "$data_path" --data_name "$data_name" \
       --vocab_path "$vocab_path" --splits "${missing[@]}"
+fi
+if [ -n "${positions:-}" ]; then
+  missing=()
+  for split in train dev test testall; do
+    stem=$data_path/$data_name/$split
+    [ ! -f "${stem}_ims.npy" ] || [ -f "${stem}_boxes.npy" ] || missing+=("$split")
+  done
+  [ ${#missing[@]} -eq 0 ] ||
+    "$PYTHON" "$root/util/positions.py" --data_path "$data_path" --data_name "$data_name" \
+      --splits "${missing[@]}"
 fi
 echo "$title"
 "$PYTHON" "$root/train.py" --data_path "$data_path" --data_name "$data_name" --vocab_path "$vocab_path" \

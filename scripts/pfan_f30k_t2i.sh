@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# PFAN t-i (IJCAI 2019) on Flickr30K: bash scripts/pfan_f30k_t2i.sh DATA_PATH
+name=pfan_f30k_t2i
+title="PFAN t-i, Flickr30K, 1,000 test images"
+data_name=f30k_precomp
+paper=""
+positions=yes
+flags=(--model pfan --agg_func Mean --cross_attn t2i --lambda_softmax 9 --num_epochs 30 --lr_update 15 --learning_rate 0.0002)
+source "$(dirname "$0")/row.sh"

@@ -1,0 +1,62 @@
+"""MAP@k and A@k of the result lines that scripts/query_server.py writes.
+
+    python scripts/tencent_map.py dist_tag_t2i.json dist_sentence_t2i.json dist_tag_new_t2i.json \\
+        --list data/tencent_data_meta/test_list.json --weights 1 1 1.5
+
+Of a file whose name ends in _i2t.json the i-t scores are taken, else those of t-i. A candidate that
+several files score gets the weighted mean of its scores. The list holds a line a query, with its
+candidates `Img_urls` and, 1 or 0 for each, `Img_flags`: whether it suits.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import evaluation
+from scripts.query_server import json_lines
+from util.cli import InputError, run
+
+
+def read_scores(path: str) -> list[dict[str, float]]:
+    """For each query the scores of its candidates, by url."""
+    name = "dist_i2t" if path.endswith("_i2t.json") else "dist_t2i"
+    scores = []
+    for row, line in enumerate(json_lines(path), 1):
+        if not isinstance(line, dict) or len(line.get("urls", ())) != len(line.get(name, [0])):
+            raise InputError(f"{path}: line {row}: expected urls and as many {name}")
+        scores.append({u: float(x) for u, x in zip(line["urls"], line[name], strict=True)})
+    return scores
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("results", nargs="+", help="files of result lines")
+    parser.add_argument("--list", required=True, help="test_list.json, with Img_flags")
+    parser.add_argument("--weights", type=float, nargs="+", help="one a file; default: equal")
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 3])
+    opt = parser.parse_args(argv)
+    queries = evaluation.weighted_scores([read_scores(p) for p in opt.results], opt.weights)
+    judged = json_lines(opt.list)
+    if len(judged) != len(queries):
+        raise InputError(f"{opt.list}: {len(judged)} queries, but {len(queries)} were scored")
+    scores, relevant = [], []
+    for row, (query, found) in enumerate(zip(judged, queries, strict=True), 1):
+        urls, flags = query.get("Img_urls"), query.get("Img_flags")
+        if not isinstance(urls, list) or not isinstance(flags, list) or len(urls) != len(flags):
+            raise InputError(f"{opt.list}: line {row}: expected Img_urls and as many Img_flags")
+        kept = [(found[u], flag) for u, flag in zip(urls, flags, strict=True) if u in found]
+        scores.append([score for score, _ in kept])
+        relevant.append([flag for _, flag in kept])
+    metrics = evaluation.average_precision(scores, relevant, opt.k)
+    for k in opt.k:
+        print(
+            f"MAP@{k}: {metrics[f'map@{k}']:.4f}  A@{k}: {metrics[f'a@{k}']:.4f}  "
+            f"({metrics[f'queries@{k}']} queries)"
+        )
+    print(f"MAP (of all candidates): {metrics['map']:.4f}")
+
+
+if __name__ == "__main__":
+    run(main)
