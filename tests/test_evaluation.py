@@ -229,3 +229,82 @@ def test_unknown_device_and_split_are_named(trained):
         evaluation.evalrank("run/model_best.pth.tar", split="test", device="gpu")
     with pytest.raises(FileNotFoundError, match="testall_caps.txt: no such caption file"):
         evaluation.evalrank("run/model_best.pth.tar", split="testall")
+
+
+def slow_map(scores, relevant, k):
+    """MAP@k and A@k of Tencent-News, query by query."""
+    total, n, hits, judged = 0.0, 0, 0, 0
+    for x, flags in zip(scores, relevant, strict=True):
+        if sum(flags) < k:
+            continue
+        ranked = [
+            flag for _, flag in sorted(zip(x, flags, strict=True), key=lambda p: (-p[0], p[1]))
+        ]
+        m, ap, right = min(k, len(ranked)), 0.0, 0
+        for i in range(m):
+            right += ranked[i]
+            ap += right / (i + 1)
+        total, n = total + ap / m, n + 1
+        hits, judged = hits + right, judged + m
+    return total / n, hits / judged, n
+
+
+def test_average_precision_is_that_of_a_plain_loop():
+    rng = np.random.default_rng(0)
+    scores = [rng.integers(0, 6, n).tolist() for n in rng.integers(1, 9, 200)]  # with ties
+    relevant = [rng.integers(0, 2, len(x)).tolist() for x in scores]
+    scores.append([])  # a query without candidates
+    relevant.append([])
+    metrics = evaluation.average_precision(scores, relevant, (1, 2, 3, 5))
+    for k in (1, 2, 3, 5):
+        got = metrics[f"map@{k}"], metrics[f"a@{k}"], metrics[f"queries@{k}"]
+        assert got == pytest.approx(slow_map(scores, relevant, k))
+    usual = []
+    for x, flags in zip(scores, relevant, strict=True):
+        order = sorted(range(len(x)), key=lambda j: (-x[j], flags[j]))
+        found = [sum(flags[j] for j in order[: i + 1]) / (i + 1) for i in range(len(x))]
+        if any(flags):
+            usual.append(np.mean([found[i] for i, j in enumerate(order) if flags[j]]))
+    assert metrics["map"] == pytest.approx(np.mean(usual))
+
+
+def test_average_precision_by_hand():
+    metrics = evaluation.average_precision([[3, 2, 1], [1, 1]], [[1, 0, 1], [0, 1]], (1, 2))
+    # Ranked 1 0 1, and, as a tie costs the model, 0 1; only the first has two relevant ones.
+    assert (metrics["map@1"], metrics["a@1"], metrics["queries@1"]) == (0.5, 0.5, 2)
+    assert (metrics["map@2"], metrics["a@2"], metrics["queries@2"]) == (0.75, 0.5, 1)
+    assert metrics["map"] == pytest.approx(((1 + 2 / 3) / 2 + 1 / 2) / 2)
+    nothing = evaluation.average_precision([[1.0]], [[0]], (1,))
+    assert np.isnan(nothing["map@1"]) and np.isnan(nothing["map"]) and nothing["queries@1"] == 0
+
+
+@pytest.mark.parametrize(
+    ("scores", "flags"), [([1, np.nan], [0, 1]), ([1, 2], [0, 2]), ([1, 2], [1]), ([1], [[1]])]
+)
+def test_average_precision_refuses(scores, flags):
+    with pytest.raises(ValueError, match="query 1 .from 0.: expected as many finite scores"):
+        evaluation.average_precision([[1], scores], [[1], flags])
+
+
+def test_weighted_scores_are_means_of_the_models_that_have_one():
+    models = [[{"a": 1.0, "b": 2.0}, {}], [{"a": 4.0}, {"c": 3.0}], [{"b": 5.0, "d": 1.0}, {}]]
+    got = evaluation.weighted_scores(models, [1.0, 1.0, 1.5])
+    assert got == [{"a": 2.5, "b": pytest.approx(9.5 / 2.5), "d": 1.0}, {"c": 3.0}]
+    assert evaluation.weighted_scores(models[:2])[0] == {"a": 2.5, "b": 2.0}
+    for bad in ([1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 1.0, np.nan]):
+        with pytest.raises(ValueError, match="expected one above 0 each"):
+            evaluation.weighted_scores(models, bad)
+    with pytest.raises(ValueError, match=r"score \[2, 1\] queries"):
+        evaluation.weighted_scores([models[0], models[1][:1]])
+
+
+def test_several_images_a_caption_are_ranked_the_other_way_round():
+    scores = np.random.default_rng(1).normal(size=(12, 4)).round(1)
+    i2t, t2i = reference.ranks(scores.T)
+    assert evaluation.t2i(scores, True)[1][0].tolist() == i2t
+    assert evaluation.i2t(scores, True)[1][0].tolist() == t2i
+    assert evaluation.t2i(scores, True)[1][1].tolist() == scores.argmax(0).tolist()
+    assert [evaluation.fold_slices(12, 4, fold, 2) for fold in (0, 1)] == [
+        (slice(0, 6), slice(0, 2)),
+        (slice(6, 12), slice(2, 4)),
+    ]

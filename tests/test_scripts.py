@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 import train
-from tests.conftest import write_graphs, write_split
+from tests.conftest import write_graphs, write_positions, write_split
 from vocab import build_vocab
 
 ROOT = Path(train.__file__).parent
 ROWS = sorted(p.stem for p in (ROOT / "scripts").glob("scan_*_?2?_*.sh"))
+PFAN = sorted(p.stem for p in (ROOT / "scripts").glob("pfan_*_?2?.sh"))
 GSMN = [f"gsmn_{d}_{k}" for d in ("coco", "f30k") for k in ("dense", "sparse")]
 TINY = "--img_dim 12 --embed_size 8 --word_dim 6 --num_epochs 1 --batch_size 50 --workers 0".split()
 
@@ -29,6 +30,13 @@ def home(tmp_path_factory):
             write_split(folder, split, 20, repeat=repeat)
         for split in ("train", "dev", "test", "testall"):
             write_graphs(folder, split, build_vocab(str(home / "data"), name))
+    folder = home / "data" / "tencent_data"
+    folder.mkdir()
+    for split in ("train", "dev", "test"):
+        write_split(folder, split, 20, k=1)
+        write_graphs(folder, split, build_vocab(str(home / "data"), "f30k_precomp"))
+        write_positions(folder, split, with_area=True)
+        (folder / f"{split}_caps.txt").rename(folder / f"{split}_sent_caps.txt")
     return home
 
 
@@ -72,6 +80,49 @@ def test_gsmn_rows(home, row):
     assert ("Mean metrics: " in done.stdout) == ("coco" in row)
     assert f"is_sparse={'sparse' in row}" in done.stdout and "model='gsmn'" in done.stdout
     assert f"lambda_softmax={20.0 if 'f30k' in row else 10.0}" in done.stdout
+
+
+@pytest.mark.parametrize("row", PFAN)
+def test_pfan_rows(home, row):
+    done = bash(home, row, "data", *TINY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not table(done.stdout)
+    assert ("Mean metrics: " in done.stdout) == ("coco" in row)
+    assert f"position='{'only' if 'only' in row else 'attention'}'" in done.stdout
+    assert f"model='pfan{'_whole' if 'tencent' in row else ''}'" in done.stdout
+    assert f"cross_attn='{row[-3:]}'" in done.stdout and "agg_func='Mean'" in done.stdout
+    assert f"lambda_softmax={4.0 if 'i2t' in row else 9.0}" in done.stdout
+    data = {"f30k": "f30k_precomp", "coco": "coco_precomp", "tencent": "tencent_data"}
+    data = data[row.split("_")[1]]
+    assert (home / "data" / data / "test_boxes.npy").exists()  # made where they were missing
+    sent = "sent_" if "tencent" in row else ""
+    assert (home / "vocab" / f"{data}_{sent}vocab.json").exists()
+
+
+def test_there_is_a_script_for_each_pfan_row():
+    names = [
+        f"pfan_{d}_{w}" for d in ("coco", "f30k_only", "f30k", "tencent") for w in ("i2t", "t2i")
+    ]
+    assert sorted(names) == PFAN
+
+
+@pytest.mark.parametrize("name", ["f30k", "f30k_only", "coco"])
+def test_pfan_ensembles(home, name):
+    for way in ("t2i", "i2t"):
+        if not (home / "runs" / f"pfan_{name}_{way}").exists():
+            assert bash(home, f"pfan_{name}_{way}", "data", *TINY).returncode == 0
+    done = bash(home, f"pfan_{name}_ensemble", "data")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(table(done.stdout)) == (0 if name == "coco" else 2)
+
+
+@pytest.mark.parametrize(("script", "port"), [("serve_sentence", 5091), ("serve_tag", 5092)])
+def test_server_scripts(home, script, port):
+    done = bash(home, script, "no.pth.tar")
+    assert done.returncode == 1 and "no.pth.tar: no such checkpoint" in done.stderr
+    assert f"port={port}" in (ROOT / "scripts" / f"{script}.sh").read_text()
+    done = bash(home, script)
+    assert done.returncode == 2 and f"use: bash scripts/{script}.sh CHECKPOINT" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["f30k", "coco"])

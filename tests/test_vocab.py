@@ -1,8 +1,10 @@
 """Vocabulary files, tokens, and what is said when they are wrong."""
 
 import json
+import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import nltk
@@ -149,3 +151,72 @@ def test_script_ends_with_one_line(tmp_path):
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if not line.startswith("notice")]
     assert len(errors) == 1 and errors[0].startswith("error: nowhere/f30k_precomp/train_caps.txt:")
+
+
+CHINESE = "一个小孩在公园里玩"
+
+
+def fake_jieba(monkeypatch):
+    """A stand-in that cuts into pairs of characters."""
+    module = types.ModuleType("jieba")
+    module.setLogLevel = lambda level: None
+    module.lcut = lambda text: [text[i : i + 2] for i in range(0, len(text), 2)]
+    monkeypatch.setitem(sys.modules, "jieba", module)
+    vocab.jieba_cut.cache_clear()
+
+
+def write_chinese(folder, name="caps", caption=CHINESE):
+    folder.mkdir(parents=True)
+    for split in ("train", "dev"):
+        (folder / f"{split}_{name}.txt").write_text(f"{caption}\n" * 4, encoding="utf-8")
+
+
+def test_chinese_is_split_by_jieba(tmp_path, monkeypatch):
+    fake_jieba(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    write_chinese(tmp_path / "data" / "news", "sent_caps")
+    vocab.main("--data_name news --sent --tokenizer jieba".split())
+    words = deserialize_vocab("vocab/news_sent_vocab.json")
+    assert words.tokenizer == "jieba"  # and so each caption is split when it is read
+    assert [words.idx2word[i] for i in words.encode("一个 小孩")[1:-1]][0] == "一个"
+    assert words.encode(CHINESE) == [1, 4, 5, 6, 7, 8, 2]
+    again = Vocabulary.from_state_dict(words.state_dict(), "x")
+    assert again.encode(CHINESE) == [1, 4, 5, 6, 7, 8, 2]
+    vocab.jieba_cut.cache_clear()
+
+
+def test_real_jieba():
+    pytest.importorskip("jieba")
+    vocab.jieba_cut.cache_clear()
+    assert vocab.tokenize(CHINESE, "jieba") == ["一个", "小孩", "在", "公园", "里", "玩"]
+
+
+def test_missing_jieba_names_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    vocab.jieba_cut.cache_clear()
+    write_chinese(tmp_path / "data" / "news")
+    with pytest.raises(ValueError, match="pip install jieba"):
+        vocab.main("--data_name news --tokenizer jieba".split())
+    assert not os.path.exists("vocab")
+
+
+def test_segmented_chinese_needs_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_chinese(tmp_path / "data" / "news", caption="一个 小孩 在 公园 里 玩")
+    vocab.main(["--data_name", "news"])
+    words = deserialize_vocab("vocab/news_vocab.json")
+    assert words.encode("小孩 在 公园") == [1, 5, 6, 7, 2]
+    assert "jieba" not in capsys.readouterr().err
+    write_chinese(tmp_path / "data" / "other", caption="一个小孩在公园里玩 公园")
+    vocab.main(["--data_name", "other"])
+    assert "8 of 8 captions hold Chinese without spaces" in capsys.readouterr().err
+
+
+def test_unknown_words_may_be_another(tmp_path):
+    words = Vocabulary.from_state_dict(
+        {"word2idx": dict(zip(vocab.SPECIAL, range(4), strict=True))}, "x"
+    )
+    assert words("zebra") == 3
+    words.unknown = "<pad>"
+    assert words("zebra") == 0 and words.encode("zebra") == [1, 0, 2]
