@@ -7,6 +7,7 @@ words, K blocks a region.
 """
 
 import argparse
+import glob
 import json
 import os
 import reprlib  # what repr() says of a hostile file may have no end
@@ -55,8 +56,7 @@ class PrecompDataset(Dataset):
     """One split of precomputed features with its captions; an item is one caption and its image.
 
     `data_path` is the folder of the split's files, `data_split` one of train, dev, test, testall.
-    Attributes: `n_images` distinct images, `n_captions`, `k` captions an image, `ids` or None. A
-    split to test on may hold, the other way round, `candidates` images a caption.
+    Attributes: `n_images` distinct images, `n_captions`, `k` captions an image, `ids` or None.
     Raises InputError or FileNotFoundError naming file and row where the files do not fit.
     """
 
@@ -72,9 +72,8 @@ class PrecompDataset(Dataset):
                 f"{self.path}: regions have {found} numbers, the model expects {img_dim}; "
                 f"give --img_dim {found}, or the features that the checkpoint was trained on"
             )
-        self.candidates = 1
-        if data_split.startswith("test") and rows > len(captions) and rows % len(captions) == 0:
-            self.candidates = rows // len(captions)
+        self.candidates = self._candidates(data_split, rows, len(captions))
+        if self.candidates > 1:
             print(
                 f"notice: {text}: {len(captions)} captions for {rows} images, so {self.candidates} "
                 "candidate images a caption"
@@ -102,6 +101,21 @@ class PrecompDataset(Dataset):
         self.words = torch.from_numpy(np.array(words, dtype=np.int32))
         self.start = self.lengths.cumsum(0) - self.lengths  # (n_captions,)
 
+        self._warn_of_unknown_words(text, vocab)
+
+    def _candidates(self, data_split: str, rows: int, captions: int) -> int:
+        """How many images a caption has: one, or a caption several images in a row."""
+        return 1
+
+    def _warn_of_unknown_words(self, path: str, vocab: Vocabulary) -> None:
+        words = len(self.words) - 2 * self.n_captions  # without <start> and <end>
+        unknown = int((self.words == vocab.word2idx[vocab.unknown]).sum())
+        if unknown > 0.3 * words:
+            print(
+                f"warning: {path}: {unknown} of its {words} words are not in the vocabulary; is it "
+                "that of other captions?"
+            )
+
     def _caption_file(self, stem: str) -> str:
         return f"{stem}_caps.txt"
 
@@ -126,7 +140,7 @@ class PrecompDataset(Dataset):
         ids = read_captions(path)
         if len(ids) == rows:
             ids = ids[:: self.stride]
-        elif len(ids) == rows // self.stride * self.k // self.candidates:
+        elif len(ids) == rows // self.stride * self.k and self.candidates == 1:
             ids = ids[:: self.k]
         elif len(ids) != rows // self.stride:
             raise InputError(f"{path}: {len(ids)} ids for {rows // self.stride} images")
@@ -161,41 +175,54 @@ class PrecompDataset(Dataset):
 class PositionDataset(PrecompDataset):
     """PFAN's split: regions come with the blocks of the image that they overlap.
 
-    `{split}_boxes.npy` (rows, R, 2 K): K block ids, then K weights, as util/positions.py writes
-    them; more columns (the area) are not read. `split_size` squared is the id of no block.
+    `{split}_boxes.npy` (rows, R, 2 K): K = `n_blocks` block ids, then K weights, as
+    util/positions.py writes them; one more column, the area, is not read. `split_size` squared is
+    the id of no block.
     """
 
     def __init__(
-        self, data_path: str, data_split: str, vocab: Vocabulary, img_dim: int, split_size: int = 16
+        self,
+        data_path: str,
+        data_split: str,
+        vocab: Vocabulary,
+        img_dim: int,
+        split_size: int = 16,
+        n_blocks: int = 15,
     ):
         super().__init__(data_path, data_split, vocab, img_dim)
-        self.none = split_size**2
+        self.none, self.n_blocks = split_size**2, n_blocks
         self.block_path = os.path.join(data_path, f"{data_split}_boxes.npy")
         if not os.path.isfile(self.block_path):
             raise FileNotFoundError(
                 f"{self.block_path}: no positions, which PFAN needs; make them with `python "
                 "util/positions.py --data_path DATA_PATH --data_name DATA_NAME`"
             )
-        self.blocks = open_array(self.block_path, ndim=3)  # (rows, R, 2 K or more)
+        self.blocks = open_array(self.block_path, ndim=3)  # (rows, R, 2 K or 2 K + 1)
         rows, regions, _ = self.images.shape
         self._check_blocks(rows, regions)
 
     def _check_blocks(self, rows: int, regions: int) -> None:
-        if self.blocks.shape[:2] != (rows, regions) or self.blocks.shape[2] < 2:
+        found, columns = self.blocks.shape, 2 * self.n_blocks
+        if found[:2] != (rows, regions) or found[2] not in (columns, columns + 1):
             raise InputError(
-                f"{self.block_path}: an array of shape {self.blocks.shape}, but {self.path} holds "
-                f"{rows} images of {regions} regions; expected ({rows}, {regions}, 30)"
+                f"{self.block_path}: an array of shape {found}, but {self.path} holds {rows} "
+                f"images of {regions} regions; expected ({rows}, {regions}, {columns}), for "
+                f"--n_blocks {self.n_blocks}"
             )
 
     def image_item(self, image: int) -> dict[str, Tensor]:
         """{'images': (R, F), 'blocks': (R, K) ids, 'overlap': (R, K) weights}."""
         row = image * self.stride
-        k = self.blocks.shape[2] // 2
+        k = self.n_blocks
         table = torch.from_numpy(np.array(self.blocks[row, :, : 2 * k], np.float32))  # (R, 2 K)
         ids, overlap = table.split(k, 1)
         blocks = ids.long()  # (R, K)
         wrong = (blocks != ids) | (blocks < 0) | (blocks > self.none) | ~(overlap >= 0)
         wrong |= overlap.isinf()
+        # No block may be there twice: what another grid calls none would be.
+        ordered = blocks.sort(1).values
+        twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != self.none)
+        wrong[:, 1:] |= twice
         if wrong.any():
             region = int(wrong.any(1).nonzero()[0])
             raise InputError(
@@ -212,7 +239,8 @@ class WholeDataset(PositionDataset):
 
     `{split}_who_ims.npy` (rows, F); captions from `{split}_sent_caps.txt` where there is one. With
     `need_box_whole` the last region of `{split}_ims.npy` is the whole image, of which
-    `{split}_boxes.npy` may have a row or not.
+    `{split}_boxes.npy` may have a row or not. A split to test on (test...) may hold, image by
+    image, `candidates` images a caption instead of k captions an image.
     """
 
     def __init__(
@@ -222,10 +250,11 @@ class WholeDataset(PositionDataset):
         vocab: Vocabulary,
         img_dim: int,
         split_size: int = 16,
+        n_blocks: int = 15,
         need_box_whole: bool = False,
     ):
         self.need_box_whole = need_box_whole
-        super().__init__(data_path, data_split, vocab, img_dim, split_size)
+        super().__init__(data_path, data_split, vocab, img_dim, split_size, n_blocks)
         self.whole_path = os.path.join(data_path, f"{data_split}_who_ims.npy")
         self.whole = open_array(self.whole_path, ndim=2)  # (rows, F)
         if self.whole.shape != (len(self.images), img_dim):
@@ -234,9 +263,23 @@ class WholeDataset(PositionDataset):
                 f"({len(self.images)}, {img_dim}), a vector for each image of {self.path}"
             )
 
+    def _candidates(self, data_split: str, rows: int, captions: int) -> int:
+        several = data_split.startswith("test") and rows > captions and rows % captions == 0
+        return rows // captions if several else 1
+
     def _caption_file(self, stem: str) -> str:
         path = f"{stem}_sent_caps.txt"
-        return path if os.path.isfile(path) else super()._caption_file(stem)
+        if os.path.isfile(path):
+            return path
+        others = sorted(
+            glob.glob(os.path.join(glob.escape(os.path.dirname(stem)), "*_sent_caps.txt"))
+        )
+        if others:
+            raise FileNotFoundError(
+                f"{path}: no such file, but there is {others[0]}: the splits must have one kind of "
+                "captions"
+            )
+        return super()._caption_file(stem)
 
     def _check_blocks(self, rows: int, regions: int) -> None:
         if self.need_box_whole and self.blocks.shape[1] == regions - 1:
@@ -475,9 +518,9 @@ def open_split(
     if opt.model == "gsmn":
         return GraphDataset(folder, split, vocab, opt.img_dim, opt.is_sparse, **more)
     if opt.model == "pfan":
-        return PositionDataset(folder, split, vocab, opt.img_dim, opt.split_size)
+        return PositionDataset(folder, split, vocab, opt.img_dim, opt.split_size, opt.n_blocks)
     if opt.model == "pfan_whole":
-        positions = opt.split_size, opt.need_box_whole
+        positions = opt.split_size, opt.n_blocks, opt.need_box_whole
         return WholeDataset(folder, split, vocab, opt.img_dim, *positions)
     return PrecompDataset(folder, split, vocab, opt.img_dim)
 

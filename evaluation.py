@@ -12,6 +12,7 @@ the model.
 """
 
 import argparse
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -135,7 +136,7 @@ def _own(scores: np.ndarray) -> tuple[Tensor, Tensor]:
     if scores.ndim != 2 or not len(scores) or scores.shape[1] % len(scores):
         raise InputError(
             f"scores of shape {tuple(scores.shape)}: expected (images, captions) with the same "
-            "number of captions for each image, or of images for each caption"
+            "number of captions for each image"
         )
     if not torch.isfinite(scores).all():
         row, column = (~torch.isfinite(scores)).nonzero()[0].tolist()
@@ -145,12 +146,6 @@ def _own(scores: np.ndarray) -> tuple[Tensor, Tensor]:
         )
     n, m = scores.shape
     return scores, scores.view(n, n, m // n).diagonal().mT
-
-
-def _candidates(scores: np.ndarray) -> bool:
-    """Whether scores (N, M) have several images a caption."""
-    rows, columns = (*np.shape(scores), 0, 0)[:2]
-    return 0 < columns < rows and rows % columns == 0
 
 
 def _metrics(ranks: Tensor) -> dict[str, float]:
@@ -168,11 +163,7 @@ def i2t(scores: np.ndarray, return_ranks: bool = False):
 
     scores (N, k N), captions image by image. Returns {'r1', 'r5', 'r10', 'medr', 'meanr'}, and with
     `return_ranks` also (ranks (N,) from 0, top1 (N,) caption indices). Raises InputError on NaN.
-    With several images a caption, (k M, M), each image has one caption, as each caption has one
-    image in t2i.
     """
-    if _candidates(scores):
-        return t2i(np.asarray(scores).T, return_ranks)
     scores, own = _own(scores)
     best = own.amax(1, keepdim=True)  # (N, 1)
     ranks = (scores >= best).sum(1) - (own >= best).sum(1)  # (N,)
@@ -183,8 +174,6 @@ def i2t(scores: np.ndarray, return_ranks: bool = False):
 
 def t2i(scores: np.ndarray, return_ranks: bool = False):
     """Text to image: rank of each caption's image among all images; see i2t."""
-    if _candidates(scores):
-        return i2t(np.asarray(scores).T, return_ranks)
     scores, own = _own(scores)
     ranks = (scores >= own.reshape(1, -1)).sum(0) - 1  # (M,)
     if return_ranks:
@@ -192,9 +181,16 @@ def t2i(scores: np.ndarray, return_ranks: bool = False):
     return _metrics(ranks)
 
 
-def retrieval_metrics(scores: np.ndarray) -> dict:
-    """Both directions, their mean recalls `ar` and `ari`, and `rsum`, the sum of the six."""
-    ways = {"i2t": i2t(scores), "t2i": t2i(scores)}
+def retrieval_metrics(scores: np.ndarray, candidates: bool = False) -> dict:
+    """Both directions, their mean recalls `ar` and `ari`, and `rsum`, the sum of the six.
+
+    With `candidates` each caption has several images, scores (k M, M): then a caption's rank is
+    that of the best of its images, and an image has one caption.
+    """
+    if candidates:  # captions are to images what images are to captions otherwise
+        ways = {"i2t": t2i(np.transpose(scores)), "t2i": i2t(np.transpose(scores))}
+    else:
+        ways = {"i2t": i2t(scores), "t2i": t2i(scores)}
     recalls = {way: [m["r1"], m["r5"], m["r10"]] for way, m in ways.items()}
     return ways | {
         "ar": sum(recalls["i2t"]) / 3,
@@ -210,12 +206,12 @@ def average_precision(
 ) -> dict[str, float]:
     """MAP@k and A@k of queries with judged candidates, as published for Tencent-News.
 
-    For each query the scores of its candidates, and 1 where a candidate is relevant, else 0. With m
-    = min(k, candidates), AP@k = (1 / m) sum_{i <= m} (relevant among the first i) / i, and 'map@k'
-    is its mean over the queries that have at least k relevant candidates; 'a@k' is the part of
-    their first m that is relevant, all these queries taken together; 'queries@k' is how many they
-    are. Beside them 'map', the usual one: the mean, over queries with a relevant candidate, of the
-    precision at each relevant one. All from 0 to 1 (NaN where there is no such query). Of equal
+    For each query the scores of its candidates, and 1 where a candidate is relevant, else 0. For
+    the queries that have at least k relevant candidates AP@k = (1 / k) sum_{i <= k} (relevant among
+    the first i) / i, and 'map@k' is its mean; 'a@k' is the part of their first k that is relevant,
+    all these queries taken together; 'queries@k' is how many they are. Beside them 'map', the usual
+    one: the mean, over queries with a relevant candidate, of the precision at each relevant one.
+    All from 0 to 1 (NaN where there is no such query). Of equal
     scores, irrelevant candidates rank first. Raises InputError on NaN and on flags not 0 or 1.
     """
     ranked = []
@@ -251,8 +247,8 @@ def weighted_scores(
     A model gives a dict of scores by candidate for each query. A candidate that not all models
     score gets the mean of those that do. Published weights: 1, 1 and 1.5.
     """
-    weights = weights or [1.0] * len(models)
-    if len(weights) != len(models) or not all(weight > 0 for weight in weights):
+    weights = [1.0] * len(models) if weights is None else list(weights)
+    if len(weights) != len(models) or not all(0 < weight < math.inf for weight in weights):
         raise InputError(f"{len(models)} models with weights {weights}: expected one above 0 each")
     if len({len(model) for model in models}) > 1:
         raise InputError(f"models that score {[len(m) for m in models]} queries: expected the same")
@@ -401,14 +397,15 @@ def evalrank(
     if save_path and rank() == 0:
         with open(save_path, "wb") as file:  # np.save would append .npy to another name
             np.save(file, scores)
+    candidates = scores.shape[0] > scores.shape[1]
     if not fold5:
-        metrics = retrieval_metrics(scores)
+        metrics = retrieval_metrics(scores, candidates)
         print_metrics(metrics)
         return metrics
 
     results = []
     for fold in range(FOLDS):
-        metrics = retrieval_metrics(scores[fold_slices(*scores.shape, fold, FOLDS)])
+        metrics = retrieval_metrics(scores[fold_slices(*scores.shape, fold, FOLDS)], candidates)
         print(f"Image to text: {numbers(metrics['i2t'], ', ')}")
         print(f"Text to image: {numbers(metrics['t2i'], ', ')}")
         print(f"rsum: {metrics['rsum']:.1f} ar: {metrics['ar']:.1f} ari: {metrics['ari']:.1f}")

@@ -166,7 +166,7 @@ class EncoderText(nn.Module):
         return self.words_and_sentence(captions, lengths)[0]
 
     def words_and_sentence(self, captions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """The words (C, W, D) and the last layer's final state (C, D), mean of its directions."""
+        """The words (C, W, D), and the last layer's final state (C, D), mean of its directions."""
         # Sorted here, from lengths on the host: packing would fetch the order back from the device.
         lengths, order = lengths.cpu().sort(descending=True, stable=True)
         back = order.argsort().to(captions.device)
@@ -179,9 +179,7 @@ class EncoderText(nn.Module):
             x = (ahead + behind) / 2  # (C, W, D)
         state = state[-2:] if self.rnn.bidirectional else state[-1:]
         sentence = state.float().mean(0)[back]  # (C, D)
-        if self.no_txtnorm:
-            return x, sentence
-        return l2norm(x, dim=-1), l2norm(sentence, dim=-1)
+        return (x if self.no_txtnorm else l2norm(x, dim=-1)), sentence
 
 
 class CrossAttention(NamedTuple):

@@ -30,7 +30,7 @@ def number(kind: type, low: float, strict: bool = False) -> Callable[[str], floa
 OWN = {
     ("scan", "pfan", "pfan_whole"): ("cross_attn", "raw_feature_norm", "agg_func", "lambda_lse"),
     ("gsmn",): ("is_sparse", "num_block", "feat_dim", "hid_dim", "out_dim", "neighbours"),
-    ("pfan", "pfan_whole"): ("split_size", "position_embed_size"),
+    ("pfan", "pfan_whole"): ("split_size", "n_blocks", "position_embed_size"),
     ("pfan",): ("position",),
     ("pfan_whole",): ("lambda_whole", "need_box_whole"),
 }
@@ -177,6 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
     pfan.add_argument(
         "--split_size", default=16, type=COUNT, help="blocks along a side of the image"
     )
+    pfan.add_argument("--n_blocks", default=15, type=COUNT, help="blocks a region comes with")
     pfan.add_argument("--position_embed_size", default=200, type=COUNT, help="numbers a block")
     pfan.add_argument(
         "--lambda_whole", default=1.0, type=NOT_NEGATIVE, help="weight of the whole image's cosine"

@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from model import EPS, SCAN, EncoderImage, choose, cosine, l2norm
+from model import EPS, SCAN, EncoderImage, choose, cosine
 
 
 class PositionEncoder(EncoderImage):
@@ -56,7 +56,8 @@ class PositionEncoder(EncoderImage):
             focus = dots.float().gather(2, blocks).tanh().softmax(2)  # (I, R, K)
             weights = (weights * focus).softmax(2)  # (I, R, K)
         # A sum over K rows of the table, as a product with all of it: gathered rows would be many
-        # times larger than the regions, and so would their gradient.
+        # times larger than the regions, and so would their gradient. Only "no block" may be there
+        # twice, with one and the same weight: the order in which it adds up does not matter.
         spread = weights.new_zeros(*blocks.shape[:2], len(table))  # (I, R, G G + 1)
         return spread.scatter_add(2, blocks, weights) @ table  # (I, R, P)
 
@@ -125,9 +126,8 @@ class WholeEncoder(PositionEncoder):
         return torch.cat((position, mean.expand(len(position), 1, -1)), 1)  # (I, R, P)
 
     def whole(self, images: Tensor) -> Tensor:
-        """Whole images (I, F) -> (I, D)."""
-        whole = self.fc_whole(images.to(self.fc_whole.bias.dtype)).float()  # (I, D)
-        return whole if self.no_imgnorm else l2norm(whole, dim=-1)
+        """Whole images (I, F) -> (I, D), of any length: only cosines are taken of them."""
+        return self.fc_whole(images.to(self.fc_whole.bias.dtype)).float()  # (I, D)
 
 
 def cosines(x: Tensor, y: Tensor) -> Tensor:

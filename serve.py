@@ -40,7 +40,7 @@ try:
     import uvicorn
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse
-    from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+    from pydantic import BaseModel, FailFast, Field, FiniteFloat, ValidationError
     from starlette.requests import ClientDisconnect
 except ImportError as error:
     message = f"serve.py needs {error.name}, which is not installed: pip install fastapi uvicorn"
@@ -63,12 +63,18 @@ class Limits(NamedTuple):
     held_bytes: int = 512 * 2**20  # of all bodies at a time
     seconds: float = 30.0  # to send a body, and again to be answered
     batch: int = 128  # images encoded at a time
+    drained_bytes: int = 256 * 2**20  # read and dropped of a body that is refused
+    drain_seconds: float = 5.0
+
+
+# The lists of a body end at their first fault, and at these lengths whatever the limits: a list of
+# faults would be many times larger than the body.
+MOST = 2**16
+FEW = FailFast(), Field(min_length=1, max_length=MOST)
 
 
 class Record(BaseModel):
-    """An image as bottom-up-attention's tsv has it."""
-
-    model_config = ConfigDict(extra="forbid")
+    """An image as bottom-up-attention's tsv has it; other fields are not read."""
 
     image_id: int | str | None = None
     image_w: Annotated[FiniteFloat, Field(gt=0, description="width in pixels")]
@@ -79,17 +85,18 @@ class Record(BaseModel):
 
 
 class Body(BaseModel):
-    """A sentence and the images to score it with."""
+    """A sentence and the images to score it with; other fields are not read."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    sentence: Annotated[list[str], Field(min_length=1, description="its words")]
-    boxes: Annotated[list[Record], Field(min_length=1, description="an image a record")]
+    sentence: Annotated[list[str], *FEW, Field(description="its words")]
+    boxes: Annotated[list[Record], *FEW, Field(description="an image a record")]
     whole_items: Annotated[
-        list[list[FiniteFloat]] | None, Field(description="for pfan_whole: (F,) an image")
+        list[Annotated[list[FiniteFloat], *FEW]],
+        *FEW,
+        Field(description="for pfan_whole: (F,) an image"),
     ] = None
     dependencies: Annotated[
-        list[tuple[int, int]] | None,
+        list[tuple[int, int]],
+        *FEW,
         Field(description="for a sparse GSMN: [governor, dependent], <start> is 0, the root first"),
     ] = None
 
@@ -117,15 +124,12 @@ class Query(NamedTuple):
 
 
 def explain(error: ValidationError) -> str:
-    """The first faults of a body, each with its place."""
-    faults = error.errors(include_url=False, include_input=False, include_context=False)
+    """The faults of a body, each with its place."""
     said = []
-    for fault in faults[:3]:
+    for fault in error.errors(include_url=False, include_input=False, include_context=False)[:3]:
         place = ".".join(map(str, fault["loc"]))
-        place = place if len(place) <= 80 else f"{place[:80]}..."
         said.append(f"{place}: {fault['msg']}" if place else fault["msg"])
-    more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
-    return "; ".join(said) + more
+    return "; ".join(said)
 
 
 class Scorer:
@@ -138,8 +142,9 @@ class Scorer:
         self.model = ckpt.build_model(self.opt, len(self.vocab))
         ckpt.load_weights(self.model, checkpoint, path)
         self.model.to(device).eval()
+        self.vocab.encode("a word")  # what a tokenizer lacks is to be said now, not to a client
 
-    def read(self, raw: bytes) -> Query:
+    def read(self, raw: bytes | bytearray) -> Query:
         """A request's body, checked. Raises Refused."""
         try:
             body = Body.model_validate_json(raw)
@@ -205,7 +210,8 @@ class Scorer:
                 if not len(boxes):
                     raise InputError(f"{where}: one region; the last one is the whole image")
             size = [[record.image_w, record.image_h]]
-            found = torch.from_numpy(find_blocks(boxes[None], size, opt.split_size)[0])
+            found = find_blocks(boxes[None], size, opt.split_size, opt.n_blocks)[0]  # (R, 2 K)
+            found = torch.from_numpy(found)
             ids, overlap = found.chunk(2, 1)  # (R, K)
             item |= {"blocks": ids.long(), "overlap": overlap.contiguous()}
         return item
@@ -264,7 +270,7 @@ class Desk:
         self.scorer, self.limits = scorer, scorer.limits
         self.inside = self.held = self.answered = 0
         self.queue: asyncio.Queue[tuple[Query, asyncio.Future]] = asyncio.Queue()
-        self.readers = ThreadPoolExecutor(2, "read")
+        self.reader = ThreadPoolExecutor(1, "read")
         self.worker = ThreadPoolExecutor(1, "score")
 
     async def answer(self, request: Request) -> dict[str, list[float]]:
@@ -285,16 +291,20 @@ class Desk:
                         raw += chunk
             except TimeoutError:
                 raise Refused(408, f"no whole body in {self.limits.seconds:g} s") from None
-            loop = asyncio.get_running_loop()
-            query = await loop.run_in_executor(self.readers, self.scorer.read, bytes(raw))
-            del raw
-            future = loop.create_future()
-            self.queue.put_nowait((query, future))
+            scores = asyncio.ensure_future(self.scores(raw))
+            gone = asyncio.ensure_future(self.disconnected(request))
             try:
                 async with asyncio.timeout(self.limits.seconds):
-                    scores = await future
+                    await asyncio.wait((scores, gone), return_when=asyncio.FIRST_COMPLETED)
             except TimeoutError:
                 raise Refused(504, f"not scored in {self.limits.seconds:g} s; try again") from None
+            finally:
+                gone.cancel()
+                if not scores.done():
+                    scores.cancel()
+            if not scores.done():
+                raise ClientDisconnect
+            scores = scores.result()
             if not all(math.isfinite(score) for way in scores.values() for score in way):
                 raise Refused(422, "the scores are not finite: are features or vectors too large?")
             self.answered += 1
@@ -302,6 +312,33 @@ class Desk:
         finally:
             self.inside -= 1
             self.held -= kept
+
+    async def scores(self, raw: bytearray) -> dict[str, list[float]]:
+        """Read a body and wait for its turn. Cancelled, it is not scored."""
+        loop = asyncio.get_running_loop()
+        query = await loop.run_in_executor(self.reader, self.scorer.read, raw)
+        future = loop.create_future()
+        self.queue.put_nowait((query, future))
+        return await future
+
+    async def disconnected(self, request: Request) -> None:
+        """Return when the client has gone; its body has been read."""
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    async def drain(self, request: Request) -> None:
+        """Read and drop what a refused client still sends, within bounds.
+
+        A client that is cut off while it sends sees the connection break instead of the answer.
+        """
+        left = self.limits.drained_bytes
+        with suppress(TimeoutError, ClientDisconnect, RuntimeError):  # read to its end already
+            async with asyncio.timeout(self.limits.drain_seconds):
+                stream, chunk = request.stream(), b""
+                while left > 0 and chunk is not None:
+                    async with asyncio.timeout(1):
+                        chunk = await anext(stream, None)
+                    left -= len(chunk or b"")
 
     async def chunks(self, request: Request):
         """A body as it comes, up to the limit: 413 past it, at once where its length is told."""
@@ -328,9 +365,11 @@ class Desk:
                 batch.append(self.queue.get_nowait())
                 images += len(batch[-1][0].images)
             batch = [(query, future) for query, future in batch if not future.done()]
-            if not batch:
-                continue
-            answers = await loop.run_in_executor(self.worker, self.score, [q for q, _ in batch])
+            try:
+                queries = [query for query, _ in batch]
+                answers = await loop.run_in_executor(self.worker, self.score, queries)
+            except Exception as error:  # no thread to be had; the next batch may have one
+                answers = [error] * len(batch)
             for (_, future), answer in zip(batch, answers, strict=True):
                 if future.done():
                     continue
@@ -341,6 +380,8 @@ class Desk:
 
     def score(self, queries: list[Query]) -> list:
         """Answers, or what went wrong: a request that fails does not fail its neighbours."""
+        if not queries:
+            return []
         try:
             return self.scorer.score(queries)
         except Exception as error:
@@ -360,7 +401,7 @@ def build_app(scorer: Scorer, name: str) -> FastAPI:
         work.cancel()
         with suppress(asyncio.CancelledError):
             await work
-        desk.readers.shutdown()
+        desk.reader.shutdown()
         desk.worker.shutdown()
 
     app = FastAPI(title="Image-text matching scores", lifespan=lifespan)
@@ -389,6 +430,8 @@ def build_app(scorer: Scorer, name: str) -> FastAPI:
         try:
             return JSONResponse(await desk.answer(request))
         except Refused as refused:
+            if refused.status in (413, 415, 503) and "expect" not in request.headers:
+                await desk.drain(request)
             # What is left of a body that was not read would be taken for the next request.
             headers = {"connection": "close"} if refused.status in (408, 413, 415, 503) else None
             return JSONResponse({"error": str(refused)}, refused.status, headers)
@@ -436,20 +479,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_waiting", type=int, default=default.waiting, help="requests")
     parser.add_argument("--timeout", type=float, default=default.seconds, help="seconds")
     opt = parser.parse_args(argv)
+    given = opt.max_body_mb, opt.max_images, opt.max_waiting, opt.timeout
+    if not all(0 < number < math.inf for number in given):
+        raise InputError("--max_body_mb, --max_images, --max_waiting, --timeout: expected above 0")
     limits = default._replace(
         body_bytes=int(opt.max_body_mb * 2**20),
         images=opt.max_images,
         waiting=opt.max_waiting,
         seconds=opt.timeout,
     )
-    if min(limits) <= 0:
-        raise InputError("--max_body_mb, --max_images, --max_waiting, --timeout: expected above 0")
+    limits = limits._replace(held_bytes=max(limits.held_bytes, limits.body_bytes))
     scorer = Scorer(opt.checkpoint, opt.vocab_path, pick_device(opt.device), limits)
     app = build_app(scorer, os.path.basename(opt.checkpoint))
-    # uvicorn raises the signal that stopped it once more when it is done: an end in good order
-    # should not look like a crash.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
     config = uvicorn.Config(
         app,
         host=opt.host,
@@ -458,11 +499,24 @@ def main(argv: list[str] | None = None) -> None:
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=int(2 * limits.seconds) + 5,
+        limit_concurrency=1024,
     )
     server = uvicorn.Server(config)
+
+    def stop(*_) -> None:
+        server.should_exit = True
+
+    # Before uvicorn has its own handlers, and after: it raises the signal that stopped it once
+    # more when it is done, and an end in good order should not look like a crash.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    # Told that this is TCP, asyncio sends each part of a reply at once.
     family = socket.AF_INET6 if ":" in opt.host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        sock = socket.create_server((opt.host, opt.port), family=family, backlog=config.backlog)
+        sock.bind((opt.host, opt.port))
+        sock.listen(config.backlog)  # who reads the next line may connect at once
     except (OSError, OverflowError) as error:
         raise InputError(f"--host {opt.host} --port {opt.port}: {error}") from None
     host, port = sock.getsockname()[:2]

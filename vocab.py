@@ -134,9 +134,11 @@ def serialize_vocab(vocab: Vocabulary, dest: str | os.PathLike) -> None:
 def deserialize_vocab(src: str | os.PathLike) -> Vocabulary:
     """Read a vocabulary file, ours or a published one."""
     if not os.path.isfile(src):
+        sent = " --sent" if str(src).endswith("_sent_vocab.json") else ""
+        also = " (without --sent if there are no {split}_sent_caps.txt)" if sent else ""
         raise FileNotFoundError(
-            f"{src}: no vocabulary file; build it with "
-            "`python vocab.py --data_path DATA_PATH --data_name DATA_NAME`, or give --vocab_path"
+            f"{src}: no vocabulary file; build it with `python vocab.py --data_path DATA_PATH "
+            f"--data_name DATA_NAME{sent}`{also}, or give --vocab_path"
         )
     try:
         state = json.loads(Path(src).read_text(encoding="utf-8"))

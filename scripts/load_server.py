@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 import checkpoint as ckpt
 import options
 import serve
-from util.cli import run
+from util.cli import InputError, run
 from vocab import SPECIAL, Vocabulary
 
 REGIONS, N_VOCAB, BODIES = 36, 8481, 16
@@ -56,6 +56,8 @@ def random_bodies(scorer: serve.Scorer, images: int) -> list[bytes]:
         return base64.b64encode(array.astype("<f4").tobytes()).decode()
 
     bodies = []
+    if scorer.opt.model == "gsmn" and scorer.opt.is_sparse:
+        raise InputError("a sparse GSMN needs dependencies, which random sentences do not have")
     for _ in range(BODIES):
         records = []
         for k in range(images):
@@ -85,7 +87,7 @@ class Client(threading.Thread):
         self.stop, self.stopping = threading.Event(), threading.Event()
         self.times: list[float] = []
         self.errors: list[str] = []
-        self.refused = self.worst = 0.0
+        self.closed, self.worst = 0, 0.0
 
     def run(self) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
@@ -111,8 +113,8 @@ class Client(threading.Thread):
                     continue
             except (OSError, http.client.HTTPException, ValueError) as error:
                 # A connection kept open is closed between two requests when the server stops.
-                if self.stopping.is_set() and connection.sock is not None:
-                    self.refused += 1
+                if self.stopping.is_set():
+                    self.closed += 1
                     return
                 self.errors.append(f"{type(error).__name__}: {error}")
                 return
@@ -140,39 +142,46 @@ def main(argv: list[str] | None = None) -> None:
         del scorer
         command = [sys.executable, ROOT / "serve.py", path, "--port", "0", "--device", "cpu"]
         server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        line = ""
-        while "http://" not in line:
-            line = server.stdout.readline()
+        line = server.stdout.readline()
+        if "http://" not in line:
+            raise InputError("the server did not start")
         port = int(line.partition("http://127.0.0.1:")[2].split()[0])
         clients = [Client(k, port, bodies, want) for k in range(opt.clients)]
-        for client in clients:
-            client.start()
-        memory, start = [], time.perf_counter()
-        while time.perf_counter() - start < opt.seconds and server.poll() is None:
-            time.sleep(1)
-            memory.append(memory_mib(server.pid))
-        seconds = time.perf_counter() - start
-        times = [t for client in clients for t in list(client.times)]
-        for client in clients:
-            client.stopping.set()
-        server.send_signal(signal.SIGTERM)
-        code = server.wait(120)
-        for client in clients:
-            client.stop.set()
-            client.join()
+        try:
+            for client in clients:
+                client.start()
+            memory, start = [memory_mib(server.pid)], time.perf_counter()
+            while time.perf_counter() - start < opt.seconds and server.poll() is None:
+                time.sleep(1)
+                memory.append(memory_mib(server.pid))
+            seconds = time.perf_counter() - start
+            times = [t for client in clients for t in list(client.times)]
+            for client in clients:
+                client.stopping.set()
+            server.send_signal(signal.SIGTERM)
+            code = server.wait(120)
+        finally:
+            server.kill()
+            for client in clients:
+                client.stopping.set()
+                client.stop.set()
+                client.join()
+    if not times:
+        raise InputError(f"no answers: {clients[0].errors[:1]}")
     errors = [error for client in clients for error in client.errors]
     times.sort()
     tenth = max(1, len(memory) // 10)
+    early = memory[tenth : 3 * tenth] or memory
     print(f"{opt.clients} clients, {opt.images} images a request of {len(bodies[0]) / 1e6:.1f} MB")
     print(f"{len(times)} answers in {seconds:.0f} s: {len(times) / seconds:.1f} requests a second")
     shown = {"median": 0.5, "95 %": 0.95, "99 %": 0.99}
     parts = [f"{name} {times[int(part * (len(times) - 1))]:.2f} s" for name, part in shown.items()]
     print(f"latency: {', '.join(parts)}, longest {times[-1]:.2f} s")
-    first = statistics.median(memory[tenth : 3 * tenth])
+    first = statistics.median(early)
     last = statistics.median(memory[-tenth:])
     print(f"memory: {first:.0f} MiB early, {last:.0f} MiB at the end, peak {max(memory):.0f} MiB")
     print(f"largest difference from scoring alone: {max(client.worst for client in clients):.1e}")
-    closed = int(sum(client.refused for client in clients))
+    closed = sum(client.closed for client in clients)
     print(
         f"errors: {len(errors)}; exit status on SIGTERM: {code}; idle connections closed: {closed}"
     )

@@ -4,14 +4,13 @@
     python scripts/query_server.py dist_tag_t2i.json tag 5091
     python scripts/query_server.py dist_tag_new_t2i.json tag 5092
 
-Reads, from --meta, the files of Tencent-News' test set: `test_list.json`, a line a query with its
-words `Tag` and `Content` and its candidates `Img_urls`; `img_id.txt`, lines of url and image id;
-`test_own.tsv.0`, bottom-up-attention records; `test_features.json`, a line an image with its url
-and the vector of the whole image. Candidates without features are left out. Writes a line a query:
-{"urls": [...], "dist_t2i": [...], "dist_i2t": [...]}. scripts/tencent_map.py makes MAP of them.
+Reads the four files of Tencent-News' test set from --meta (README.md, `Serving`, has their
+formats). Candidates without features are left out. Writes a line a query: {"urls": [...],
+"dist_t2i": [...], "dist_i2t": [...]}. scripts/tencent_map.py makes MAP of them.
 """
 
 import argparse
+import http.client
 import json
 import os
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from options import COUNT
 from util.cli import InputError, progress, run
 from util.convert_data import FIELDS
 
@@ -32,12 +32,14 @@ TEXT = {"tag": "Tag", "sentence": "Content"}
 def json_lines(path: str) -> list:
     """The values of a file with one JSON value a line."""
     values = []
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for row, line in enumerate(lines, 1):
             try:
                 values.append(json.loads(line))
-            except ValueError as error:
-                raise InputError(f"{path}: line {row} is not JSON ({error})") from None
+            except ValueError as error:  # not UTF-8 is one too
+                raise InputError(
+                    f"{path}: line {row} is not JSON ({error}); expected a JSON value a line"
+                ) from None
     return values
 
 
@@ -58,11 +60,11 @@ class Records:
     def __getitem__(self, image_id: str) -> dict:
         with open(self.path, "rb") as lines:
             lines.seek(self.places[image_id])
-            fields = lines.readline().decode().rstrip("\r\n").split("\t")
+            line = lines.readline()
         try:
-            record = dict(zip(FIELDS, fields, strict=True))
-            numbers = {name: int(record[name]) for name in ("image_w", "image_h", "num_boxes")}
-        except ValueError:
+            record = dict(zip(FIELDS, line.decode().rstrip("\r\n").split("\t"), strict=True))
+            numbers = {n: int(float(record[n])) for n in ("image_w", "image_h", "num_boxes")}
+        except (ValueError, OverflowError):
             raise InputError(
                 f"{self.path}: image {image_id}: expected {', '.join(FIELDS)}, tab-separated"
             ) from None
@@ -81,32 +83,41 @@ def read_ids(path: str) -> dict[str, str]:
     return ids
 
 
-def read_whole(path: str) -> dict[str, list[float]]:
-    """Vectors of whole images by image id, which is the name of the file in their url."""
+def read_whole(path: str, ids: dict[str, str]) -> dict[str, list[float]]:
+    """Vectors of whole images by image id: that of their url, else the file's name in it."""
     vectors = {}
     for row, value in enumerate(json_lines(path), 1):
         if not isinstance(value, list) or len(value) != 2 or not isinstance(value[0], str):
             raise InputError(f"{path}: line {row}: expected [url, vector]")
-        vectors[value[0].rpartition("/")[2].partition(".")[0]] = value[1]
+        name = value[0].rpartition("/")[2].partition(".")[0]
+        vectors[ids.get(value[0], name)] = value[1]
     return vectors
 
 
+# Not through a proxy: the server is on this machine or beside it.
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
 def ask(url: str, body: dict, tries: int = 20) -> dict:
-    """The server's answer; waits where it has too much to do."""
+    """The server's answer; asks again where it has too much to do."""
     data = json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"content-type": "application/json"})
-    for left in range(tries - 1, -1, -1):
+    said = ""
+    for _ in range(tries):
         try:
-            with urllib.request.urlopen(request) as reply:
+            with OPENER.open(request, timeout=300) as reply:
                 return json.load(reply)
         except urllib.error.HTTPError as error:
-            said = error.read().decode(errors="replace")[:300]
-            if error.code != 503 or not left:
-                raise InputError(f"{url}: {error.code}: {said}") from None
-            time.sleep(0.5)
-        except urllib.error.URLError as error:
-            raise InputError(f"{url}: no answer ({error.reason}); is serve.py running?") from None
-    raise AssertionError("unreachable")
+            said = f"{error.code}: {error.read().decode(errors='replace')[:300]}"
+            if error.code not in (503, 504):
+                raise InputError(f"{url}: {said}") from None
+        except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, ConnectionRefusedError) or not isinstance(reason, OSError):
+                raise InputError(f"{url}: no answer ({reason}); is serve.py running?") from None
+            said = f"no answer ({reason})"
+        time.sleep(0.5)
+    raise InputError(f"{url}: {said}, {tries} times")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -116,8 +127,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("port", type=int, nargs="?", default=5091)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--meta", default="data/tencent_data_meta", help="folder of the files")
-    parser.add_argument("--clients", type=int, default=4, help="requests at a time")
+    parser.add_argument("--clients", type=COUNT, default=4, help="requests at a time")
     opt = parser.parse_args(argv)
+    for name in ("test_list.json", "img_id.txt", "test_own.tsv.0", "test_features.json"):
+        if not os.path.isfile(os.path.join(opt.meta, name)):
+            raise FileNotFoundError(
+                f"{os.path.join(opt.meta, name)}: no such file; --meta is the folder of the four "
+                "files that README.md describes"
+            )
     url = f"http://{opt.host}:{opt.port}/scan_sentence_image_score"
 
     def file(name: str) -> str:
@@ -130,10 +147,22 @@ def main(argv: list[str] | None = None) -> None:
                 f"{file('test_list.json')}: line {row}: expected {TEXT[opt.text]} and Img_urls"
             )
     ids, records = read_ids(file("img_id.txt")), Records(file("test_own.tsv.0"))
-    whole = read_whole(file("test_features.json"))
+    whole = read_whole(file("test_features.json"), ids)
+    candidates = [
+        [u for u in query["Img_urls"] if ids.get(u) in records and ids[u] in whole]
+        for query in queries
+    ]
+    total, left = (sum(map(len, x)) for x in ([q["Img_urls"] for q in queries], candidates))
+    if not left:
+        raise InputError(
+            f"{opt.meta}: none of the {total} candidates has an id in img_id.txt, a record of that "
+            "id in test_own.tsv.0 and a vector in test_features.json"
+        )
+    if left < total:
+        print(f"notice: {total - left} of {total} candidates have no features and are left out")
 
-    def answer(query: dict) -> dict:
-        urls = [u for u in query["Img_urls"] if ids.get(u) in records and ids[u] in whole]
+    def answer(row: int) -> dict:
+        query, urls = queries[row], candidates[row]
         if not urls:
             return {"urls": [], "dist_t2i": [], "dist_i2t": []}
         body = {
@@ -141,18 +170,21 @@ def main(argv: list[str] | None = None) -> None:
             "boxes": [records[ids[u]] for u in urls],
             "whole_items": [whole[ids[u]] for u in urls],
         }
-        scores = ask(url, body)
+        try:
+            scores = ask(url, body)
+        except InputError as error:
+            raise InputError(f"{file('test_list.json')}: line {row + 1}: {error}") from None
         return {"urls": urls, "dist_t2i": scores["sim_t2i"], "dist_i2t": scores["sim_i2t"]}
 
-    with open(f"{opt.out}.part", "w", encoding="utf-8") as out:
-        pool = ThreadPoolExecutor(opt.clients)
-        try:
-            answers = pool.map(answer, queries)
-            for line in progress(answers, "queries", len(queries)):
+    pool = ThreadPoolExecutor(opt.clients)
+    try:
+        with open(f"{opt.out}.part", "w", encoding="utf-8") as out:
+            for line in progress(pool.map(answer, range(len(queries))), "queries", len(queries)):
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
-        finally:
-            pool.shutdown(cancel_futures=True)
-    os.replace(f"{opt.out}.part", opt.out)
+        os.replace(f"{opt.out}.part", opt.out)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        Path(f"{opt.out}.part").unlink(missing_ok=True)
     print(f"{opt.out}: {len(queries)} queries")
 
 

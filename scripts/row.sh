@@ -1,6 +1,6 @@
 # Sourced by the scripts of single rows: trains one model and prints the paper's recalls beside ours.
-# The row sets: name, title, data_name, flags (bash array), paper (six recalls, or nothing), and
-# dependencies=yes or positions=yes where it needs them: util/dependency_parser.py and
+# The row sets: name, title, data_name, flags (bash array), paper (six recalls, or nothing),
+# sent=sent_ if its captions may be in {split}_sent_caps.txt, and dependencies=yes or positions=yes where it needs them: util/dependency_parser.py and
 # util/positions.py make those that are missing. Use:
 #   bash scripts/ROW.sh DATA_PATH [more flags of train.py]
 # Checkpoints and logs go to runs/$name (or $RUNS/$name) and the vocabulary is read from, or built in,
@@ -18,8 +18,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/scripts/environment.sh"
 vocab_path=${VOCAB_PATH:-vocab}
 run=${RUNS:-runs}/$name
-sent=
-[ ! -f "$data_path/$data_name/train_sent_caps.txt" ] || sent=sent_
+[ -f "$data_path/$data_name/train_sent_caps.txt" ] || sent=
+sent=${sent:-}
 [ -f "$vocab_path/${data_name}_${sent}vocab.json" ] ||
   "$PYTHON" "$root/vocab.py" --data_path "$data_path" --data_name "$data_name" ${sent:+--sent} \
     --out "$vocab_path/${data_name}_${sent}vocab.json"

@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import evaluation
+from options import COUNT
 from scripts.query_server import json_lines
 from util.cli import InputError, run
 
@@ -24,10 +25,23 @@ def read_scores(path: str) -> list[dict[str, float]]:
     name = "dist_i2t" if path.endswith("_i2t.json") else "dist_t2i"
     scores = []
     for row, line in enumerate(json_lines(path), 1):
-        if not isinstance(line, dict) or len(line.get("urls", ())) != len(line.get(name, [0])):
-            raise InputError(f"{path}: line {row}: expected urls and as many {name}")
-        scores.append({u: float(x) for u, x in zip(line["urls"], line[name], strict=True)})
+        urls, values = lists(line, "urls", name, f"{path}: line {row}")
+        if not all(isinstance(value, (int, float)) for value in values):
+            raise InputError(f"{path}: line {row}: expected numbers in {name}")
+        scores.append(dict(zip(urls, values, strict=True)))
     return scores
+
+
+def lists(line: dict, urls: str, values: str, where: str) -> tuple[list[str], list]:
+    """The two lists of one length that a line holds under these names."""
+    found = [line.get(name) for name in (urls, values)] if isinstance(line, dict) else [None]
+    if (
+        not all(isinstance(x, list) for x in found)
+        or len(found[0]) != len(found[1])
+        or not all(isinstance(url, str) for url in found[0])
+    ):
+        raise InputError(f"{where}: expected {urls} and as many {values}")
+    return found[0], found[1]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("results", nargs="+", help="files of result lines")
     parser.add_argument("--list", required=True, help="test_list.json, with Img_flags")
     parser.add_argument("--weights", type=float, nargs="+", help="one a file; default: equal")
-    parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--k", type=COUNT, nargs="+", default=[1, 2, 3])
     opt = parser.parse_args(argv)
     queries = evaluation.weighted_scores([read_scores(p) for p in opt.results], opt.weights)
     judged = json_lines(opt.list)
@@ -43,9 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"{opt.list}: {len(judged)} queries, but {len(queries)} were scored")
     scores, relevant = [], []
     for row, (query, found) in enumerate(zip(judged, queries, strict=True), 1):
-        urls, flags = query.get("Img_urls"), query.get("Img_flags")
-        if not isinstance(urls, list) or not isinstance(flags, list) or len(urls) != len(flags):
-            raise InputError(f"{opt.list}: line {row}: expected Img_urls and as many Img_flags")
+        urls, flags = lists(query, "Img_urls", "Img_flags", f"{opt.list}: line {row}")
         kept = [(found[u], flag) for u, flag in zip(urls, flags, strict=True) if u in found]
         scores.append([score for score, _ in kept])
         relevant.append([flag for _, flag in kept])

@@ -291,7 +291,8 @@ def test_weighted_scores_are_means_of_the_models_that_have_one():
     got = evaluation.weighted_scores(models, [1.0, 1.0, 1.5])
     assert got == [{"a": 2.5, "b": pytest.approx(9.5 / 2.5), "d": 1.0}, {"c": 3.0}]
     assert evaluation.weighted_scores(models[:2])[0] == {"a": 2.5, "b": 2.0}
-    for bad in ([1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 1.0, np.nan]):
+    assert evaluation.weighted_scores(models, np.array([1.0, 1.0, 1.5])) == got
+    for bad in ([1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 1.0, np.nan], [1.0, 1.0, np.inf], []):
         with pytest.raises(ValueError, match="expected one above 0 each"):
             evaluation.weighted_scores(models, bad)
     with pytest.raises(ValueError, match=r"score \[2, 1\] queries"):
@@ -300,10 +301,11 @@ def test_weighted_scores_are_means_of_the_models_that_have_one():
 
 def test_several_images_a_caption_are_ranked_the_other_way_round():
     scores = np.random.default_rng(1).normal(size=(12, 4)).round(1)
-    i2t, t2i = reference.ranks(scores.T)
-    assert evaluation.t2i(scores, True)[1][0].tolist() == i2t
-    assert evaluation.i2t(scores, True)[1][0].tolist() == t2i
-    assert evaluation.t2i(scores, True)[1][1].tolist() == scores.argmax(0).tolist()
+    other = retrieval_metrics(scores.T)
+    got = retrieval_metrics(scores, candidates=True)
+    assert (got["t2i"], got["i2t"], got["rsum"]) == (other["i2t"], other["t2i"], other["rsum"])
+    with pytest.raises(ValueError, match="same number of captions for each image"):
+        retrieval_metrics(scores)  # unless asked for: a matrix the wrong way round
     assert [evaluation.fold_slices(12, 4, fold, 2) for fold in (0, 1)] == [
         (slice(0, 6), slice(0, 2)),
         (slice(6, 12), slice(2, 4)),

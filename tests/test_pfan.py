@@ -17,6 +17,7 @@ from model import AGG_FUNC, ContrastiveLoss, EncoderText
 from pfan import PFAN, PFANWhole
 from tests import reference
 from tests.conftest import read_log, train_args, write_positions
+from util import positions
 from vocab import deserialize_vocab
 
 KINDS = {
@@ -202,8 +203,9 @@ def test_the_sentence_is_the_last_layers_final_state(layers, bi_gru):
         assert all_words[length:].abs().sum() == 0
     torch.testing.assert_close(net(captions, lengths), words)
     net.no_txtnorm = False
-    normed = net.words_and_sentence(captions, lengths)[1]
-    torch.testing.assert_close(normed, F.normalize(sentence, dim=1))
+    normed, again = net.words_and_sentence(captions, lengths)
+    torch.testing.assert_close(normed, F.normalize(words, dim=2))
+    torch.testing.assert_close(again, sentence)
 
 
 @pytest.mark.parametrize(
@@ -311,6 +313,10 @@ def change(name, row, column, value):
             "expected a float16 or float32 array of 3 axes",
         ),
         (
+            lambda f: np.save(f / "train_boxes.npy", np.zeros((20, 4, 10), np.float32)),
+            r"shape \(20, 4, 10\).* expected \(20, 4, 30\), for --n_blocks 15",
+        ),
+        (
             change("train_boxes.npy", 3, 2, 257),
             r"row 3 \(from 0\), region 0: expected 15 block ids",
         ),
@@ -336,11 +342,34 @@ def test_bad_files_are_named(tiny_positions, spoil, message):
             data[i]
 
 
-def test_blocks_of_another_grid_are_named(tiny_positions):
-    with pytest.raises(ValueError, match="it is not made for --split_size 4"):
-        data = splits(tiny_positions, split_size=4)
+@pytest.mark.parametrize("split_size", [4, 32])
+def test_blocks_of_another_grid_are_named(tiny_positions, split_size):
+    with pytest.raises(ValueError, match=f"it is not made for --split_size {split_size}"):
+        data = splits(tiny_positions, split_size=split_size)
         for i in range(len(data)):
             data[i]
+
+
+def test_other_grids_and_numbers_of_blocks(tiny_positions):
+    positions.main(
+        "--data_name tiny_precomp --split_size 4 --n_blocks 6 --with_area --overwrite".split()
+    )
+    train.main(train_args(num_epochs=1, model="pfan", split_size=4, n_blocks=6))
+    opt = ckpt.load("run/checkpoint_0.pth.tar")["opt"]
+    assert (opt.split_size, opt.n_blocks) == (4, 6)
+    assert evaluation.evalrank("run/checkpoint_0.pth.tar", split="test")["rsum"] > 0
+
+
+def test_a_vocabulary_of_other_captions_is_warned_of(tiny_positions, capsys):
+    splits(tiny_positions)
+    assert "not in the vocabulary" not in capsys.readouterr().out
+    (tiny_positions / "data" / "tiny_precomp" / "train_caps.txt").write_text(
+        "zebra wolf red\n" * 100
+    )
+    for system in ("pfan", "pfan_whole"):
+        splits(tiny_positions, system)
+        said = "train_caps.txt: 200 of its 300 words are not in the vocabulary"
+        assert said in capsys.readouterr().out
 
 
 def test_whole_images_have_captions_and_words_of_their_own(tiny_positions):
@@ -381,6 +410,16 @@ def test_training_resumes_exactly_and_evaluates(tiny_positions, route):
     metrics = evaluation.evalrank("run/model_best.pth.tar", split="dev", save_path="s.npy")
     assert metrics["rsum"] == pytest.approx(max(line["rsum"] for line in unbroken))
     assert np.load("s.npy").shape == (10, 50)
+
+
+def test_splits_must_have_one_kind_of_captions(tiny_positions):
+    folder = tiny_positions / "data" / "tiny_precomp"
+    (folder / "train_sent_caps.txt").write_text("red dog\n" * 100)
+    with pytest.raises(
+        FileNotFoundError, match="dev_sent_caps.txt: no such file, but there is .*tra"
+    ):
+        splits(tiny_positions, "pfan_whole", "dev")
+    assert len(splits(tiny_positions, "pfan", "dev")) == 50
 
 
 def test_the_vocabulary_of_whole_images_has_its_own_name(tiny_positions):
@@ -434,3 +473,8 @@ def test_a_test_split_may_have_candidate_images(tiny_positions, capsys):
     with pytest.raises(ValueError, match="train_caps.txt: 5 captions for the 20 rows"):
         (folder / "train_caps.txt").write_text("a\n" * 5)
         splits(tiny_positions, "pfan_whole")
+    with pytest.raises(ValueError, match="test_caps.txt: 5 captions for the 15 rows"):
+        splits(tiny_positions, "pfan", "test")  # it would be half a file
+    (folder / "test_ids.txt").write_text("".join(f"{k}\n" for k in range(5)))
+    with pytest.raises(ValueError, match="5 ids for 15 images"):
+        splits(tiny_positions, "pfan_whole", "test")

@@ -79,12 +79,25 @@ def test_the_tool_writes_what_the_function_finds(tiny_graphs, capsys):
     sizes = np.array([tuple(x) for x in np.load(folder / "dev_ims_size.npy")])
     np.testing.assert_array_equal(np.load(folder / "dev_boxes.npy"), find_blocks(boxes, sizes))
     assert "dev_boxes.npy: 10 images\n" in capsys.readouterr().out
+    (folder / "test_boxes.npy").unlink()
     before = (folder / "dev_boxes.npy").read_bytes()
+    positions.main(["--data_name", "tiny_precomp"])  # makes what is missing
+    assert "kept: train_boxes.npy, dev_boxes.npy\n" in capsys.readouterr().out
+    assert (folder / "test_boxes.npy").exists()
     with pytest.raises(ValueError, match="train_boxes.npy: exists already; --overwrite"):
-        positions.main(["--data_name", "tiny_precomp", "--grid", "4"])
+        positions.main(["--data_name", "tiny_precomp", "--split_size", "4"])
     assert (folder / "dev_boxes.npy").read_bytes() == before
-    positions.main("--data_name tiny_precomp --splits dev --grid 4 --with_area --overwrite".split())
+    positions.main(
+        "--data_name tiny_precomp --splits dev --split_size 4 --with_area --overwrite".split()
+    )
     assert np.load(folder / "dev_boxes.npy").shape == (10, 4, 31)
+
+
+def test_boxes_in_parts_of_the_image_are_warned_of(tiny_graphs, capsys):
+    stem = tiny_graphs / "data" / "tiny_precomp" / "dev"
+    np.save(f"{stem}_ims_bbx.npy", np.full((10, 4, 4), 0.5, np.float32))
+    positions.convert(str(stem))
+    assert "no number is above 1" in capsys.readouterr().out
 
 
 def test_chunks_do_not_matter(tiny_graphs):
@@ -123,7 +136,7 @@ def test_bad_input_is_named_and_leaves_no_half_file(tiny_graphs, change, message
     ("flags", "message"),
     [
         (["--data_name", "other"], "no such data folder"),
-        (["--data_name", "tiny_precomp", "--blocks", "0"], "expected at least 1"),
+        (["--data_name", "tiny_precomp", "--n_blocks", "0"], "expected at least 1"),
     ],
 )
 def test_bad_flags_are_named(tiny_graphs, flags, message):

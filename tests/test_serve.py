@@ -1,6 +1,7 @@
 """The server: answers what evaluation computes, whatever it is sent, until it is stopped."""
 
 import argparse
+import asyncio
 import base64
 import http.client
 import json
@@ -24,7 +25,8 @@ import checkpoint as ckpt
 import evaluation
 import options
 from data import open_split
-from scripts import query_server, tencent_map
+from scripts import load_server, query_server, tencent_map
+from util import positions
 from vocab import deserialize_vocab
 
 pytest.importorskip("fastapi", reason="pip install fastapi uvicorn")
@@ -46,7 +48,7 @@ SYSTEMS = [
     GSMN,
     GSMN | {"is_sparse": True},
     {"model": "pfan"},
-    {"model": "pfan", "cross_attn": "i2t", "position": "only"},
+    {"model": "pfan", "cross_attn": "i2t", "position": "only", "split_size": 5, "n_blocks": 4},
     {"model": "pfan_whole", "lambda_whole": 2.0},
     {"model": "pfan_whole", "cross_attn": "i2t", "need_box_whole": True},
 ]
@@ -56,11 +58,11 @@ WHOLE = SYSTEMS[6]
 def write_checkpoint(system: dict, path: str = "model.pth.tar") -> str:
     """A model of random weights."""
     opt = argparse.Namespace(**options.defaults(system["model"]) | SIZES | system)
-    vocab = deserialize_vocab("vocab/tiny_precomp_vocab.json")
+    words = deserialize_vocab("vocab/tiny_precomp_vocab.json")
     torch.manual_seed(0)
-    net = ckpt.build_model(opt, len(vocab))
+    net = ckpt.build_model(opt, len(words))
     state = {"epoch": 0, "model": ckpt.state_dicts(net, opt.model), "opt": opt}
-    torch.save(state | {"best_rsum": 0.0, "Eiters": 0, "vocab": vocab.state_dict()}, path)
+    torch.save(state | {"best_rsum": 0.0, "Eiters": 0, "vocab": words.state_dict()}, path)
     return path
 
 
@@ -105,6 +107,9 @@ def make_scorer(path: str) -> serve.Scorer:
 @pytest.mark.parametrize("system", SYSTEMS, ids=str)
 def test_answers_are_what_evaluation_computes(tiny_positions, system):
     path = write_checkpoint(system)
+    if "split_size" in system:
+        sizes = ["--split_size", str(system["split_size"]), "--n_blocks", str(system["n_blocks"])]
+        positions.main(["--data_name", "tiny_precomp", "--overwrite", *sizes])
     scorer, want = make_scorer(path), scores_of_evaluation(path)
     graphs = json.loads(Path("data/tiny_precomp/test_caps.json").read_text())
     queries = []
@@ -145,7 +150,14 @@ def test_a_request_that_fails_does_not_fail_its_neighbours(tiny_positions):
     good = desk.scorer.read(json.dumps(make_body()).encode())
     bad = good._replace(images=[{"images": torch.zeros(4, 7)}])
     answers = desk.score([good, bad, good])
-    assert answers[0] == answers[2] and isinstance(answers[1], Exception)
+    assert isinstance(answers[1], Exception) and answers[0] == answers[2]
+    assert answers[0].keys() == {"sim_t2i", "sim_i2t"} and desk.score([]) == []
+
+
+def memory_mib(pid: int) -> float:
+    if not os.path.exists(f"/proc/{pid}/status"):
+        return 0.0  # not Linux: not measured
+    return load_server.memory_mib(pid)
 
 
 class Server:
@@ -222,9 +234,35 @@ HOSTILE = {  # name: (the body, or what to do to a good one; what the answer nam
     ),
     "a number without end": (b'{"sentence": ' + b"9" * 100_000 + b"}", "number out of range"),
     "empty": (b"{}", "sentence: Field required; boxes: Field required"),
-    "unknown field": (lambda b: b.update(sentences=[]), "sentences: Extra inputs"),
-    "a long unknown field": (lambda b: b.update({"x" * 10_000: 1}), "xxx...: Extra inputs"),
-    "unknown field of a record": (on_record(path="/etc/passwd"), "boxes.1.path: Extra inputs"),
+    "a misspelt field": (lambda b: b.update(sentences=b.pop("sentence")), "sentence: Field requ"),
+    "a misspelt field of a record": (
+        lambda b: b["boxes"][1].update(Boxes=b["boxes"][1].pop("boxes")),
+        "boxes.1.boxes: Field required",
+    ),
+    "a million empty records": (
+        b'{"sentence": ["a"], "boxes": [' + b"{}," * 10**6 + b"{}]}",
+        "boxes.0.image_w: Field required",
+    ),
+    "a million words that are none": (
+        b'{"sentence": [' + b"0," * 10**6 + b'0], "boxes": []}',
+        "sentence.0: Input should be a valid string",
+    ),
+    "a million words": (
+        b'{"sentence": [' + b'"a",' * 10**6 + b'"a"], "boxes": []}',
+        "sentence: List should have at most 65536",
+    ),
+    "a million unknown fields": (
+        b"{" + b",".join(b'"%d":0' % k for k in range(10**6)) + b"}",
+        "sentence: Field required",
+    ),
+    "a long whole image": (
+        lambda b: b["whole_items"].__setitem__(0, [0] * 10**6),
+        "whole_items.0: List should have at most 65536",
+    ),
+    "many whole images": (
+        lambda b: b.update(whole_items=[[]] * 10**6),
+        "whole_items.0: List should have at least 1",
+    ),
     "sentence a string": (lambda b: b.update(sentence="a dog"), "sentence: Input should be a"),
     "no words": (lambda b: b.update(sentence=[]), "sentence: List should have at least 1"),
     "words that are numbers": (lambda b: b.update(sentence=[1, 2]), "sentence.0: Input should be"),
@@ -275,15 +313,20 @@ def test_hostile_bodies_are_answered_and_survived(server):
     status, want = server.ask(make_body())
     assert status == 200
     assert len(HOSTILE) >= 30
-    wrong = {}
+    wrong, before, slowest = {}, memory_mib(server.process.pid), 0.0
     for name, (change, said) in HOSTILE.items():
         raw = change if isinstance(change, bytes) else spoiled(change)
+        start = time.monotonic()
         status, answer = server.ask(raw=raw)
+        slowest = max(slowest, time.monotonic() - start)
         if status != 422 or set(answer) != {"error"} or said not in answer["error"]:
             wrong[name] = status, answer
         assert len(str(answer)) < 600, name
     assert not wrong
-    status, again = server.ask(make_body())
+    assert slowest < 5 and memory_mib(server.process.pid) < before + 300
+    unknown = make_body() | {"id": 3, "path": "/etc/passwd"}  # other fields are not read
+    unknown["boxes"][0]["attributes"] = [1, 2]
+    status, again = server.ask(unknown)
     assert status == 200 and again == want
     status, health = server.ask(path="/health")
     assert status == 200 and (health["status"], health["answered"]) == ("ok", 2)
@@ -325,6 +368,43 @@ def test_the_size_that_a_request_declares_or_has_is_bounded(server):
     assert server.ask(make_body())[0] == 200
 
 
+def test_a_refusal_reaches_a_client_that_is_still_sending(tiny_positions):
+    server = Server(write_checkpoint(WHOLE), "--max_body_mb", "1", "--max_waiting", "1")
+    try:
+        large = b" " * (30 * 2**20)
+        for _ in range(3):
+            status, answer = server.ask(raw=large)
+            assert status == 413 and "expected at most 1048576" in answer["error"]
+        body = json.dumps(make_body(0, [0] * 250)).encode()
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda _: server.ask(raw=body), range(40)))
+        statuses = [status for status, _ in answers]
+        assert set(statuses) == {200, 503} and statuses.count(503) >= 8
+    finally:
+        server.process.kill()
+        server.process.communicate()
+
+
+def test_replies_on_a_kept_connection_are_not_held_back(server):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    times = []
+    for _ in range(20):
+        start = time.monotonic()
+        connection.request("GET", "/health")
+        assert json.load(connection.getresponse())["status"] == "ok"
+        times.append(time.monotonic() - start)
+    assert sorted(times)[10] < 0.03
+
+
+def test_sigterm_as_soon_as_it_serves(tiny_positions):
+    path = write_checkpoint(WHOLE)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        server = Server(path)
+        server.process.send_signal(number)
+        out = server.process.communicate(timeout=30)[0]
+        assert server.process.returncode == 0 and "Traceback" not in out
+
+
 def test_other_methods_types_and_places(server):
     assert server.ask(path="/scan_sentence_image_score")[0] == 405
     assert server.ask(path="/other")[0] == 404
@@ -353,13 +433,14 @@ def test_a_client_that_leaves_or_is_slow_does_no_harm(tiny_positions):
 
 
 def test_too_much_at_once_is_refused_and_late_answers_are_named(tiny_positions, monkeypatch):
-    import asyncio
-
     scorer = make_scorer(write_checkpoint(WHOLE))
     score = scorer.score
 
+    scored = []
+
     def slowly(queries):
         time.sleep(0.5)
+        scored.append(len(queries))
         return score(queries)
 
     monkeypatch.setattr(scorer, "score", slowly)
@@ -368,16 +449,24 @@ def test_too_much_at_once_is_refused_and_late_answers_are_named(tiny_positions, 
     class Request:
         headers = {"content-type": "application/json"}
 
+        def __init__(self, seconds=60):
+            self.seconds = seconds
+
         async def stream(self):
             yield raw
 
-    async def go(limits, n):
+        async def receive(self):
+            await asyncio.sleep(self.seconds)
+            return {"type": "http.disconnect"}
+
+    async def go(limits, n, seconds=60):
         scorer.limits = limits
         desk = serve.Desk(scorer)
         work = asyncio.create_task(desk.work())
         answers = await asyncio.gather(
-            *(desk.answer(Request()) for _ in range(n)), return_exceptions=True
+            *(desk.answer(Request(seconds)) for _ in range(n)), return_exceptions=True
         )
+        await asyncio.sleep(1)
         work.cancel()
         assert (desk.inside, desk.held) == (0, 0)
         return answers
@@ -390,6 +479,31 @@ def test_too_much_at_once_is_refused_and_late_answers_are_named(tiny_positions, 
     assert sorted(getattr(a, "status", 200) for a in answers) == [200, 200, 503]
     answers = asyncio.run(go(serve.Limits(seconds=0.2), 2))
     assert [a.status for a in answers] == [504, 504]
+    scored.clear()
+    answers = asyncio.run(go(serve.Limits(batch=1), 4, seconds=0.2))  # all are gone by then
+    assert all(isinstance(a, serve.ClientDisconnect) for a in answers)
+    assert sum(scored) == 1  # the others were still waiting
+
+
+def test_the_worker_outlives_a_failure(tiny_positions, monkeypatch):
+    desk = serve.Desk(make_scorer(write_checkpoint(WHOLE)))
+    raw = bytearray(json.dumps(make_body()).encode())
+    submit = desk.worker.submit
+
+    def once(*args):
+        monkeypatch.setattr(desk.worker, "submit", submit)
+        raise RuntimeError("can't start new thread")
+
+    async def go():
+        work = asyncio.create_task(desk.work())
+        monkeypatch.setattr(desk.worker, "submit", once)
+        with pytest.raises(RuntimeError, match="new thread"):
+            await desk.scores(raw)
+        answer = await desk.scores(raw)
+        work.cancel()
+        return answer
+
+    assert len(asyncio.run(go())["sim_t2i"]) == 15
 
 
 def test_many_clients_and_sigterm_with_requests_in_flight(server):
@@ -449,8 +563,16 @@ def test_what_cannot_be_served_is_one_line(tiny_positions, monkeypatch, capsys):
 
     assert run("no.pth.tar") == (1, "error: no.pth.tar: no such checkpoint\n")
     path = write_checkpoint(WHOLE)
-    code, err = run(path, "--timeout", "0")
-    assert code == 1 and "expected above 0" in err and err.count("\n") == 1
+    for flags in (["--timeout", "0"], ["--timeout", "nan"], ["--max_body_mb", "inf"]):
+        code, err = run(path, *flags)
+        assert code == 1 and "expected above 0" in err and err.count("\n") == 1
+    words = json.loads(Path("vocab/tiny_precomp_vocab.json").read_text()) | {"tokenizer": "jieba"}
+    state = torch.load(path, weights_only=False)
+    torch.save(state | {"vocab": words}, "chinese.pth.tar")
+    (tiny_positions / "no_jieba").mkdir()
+    (tiny_positions / "no_jieba" / "jieba.py").write_text("raise ImportError")
+    code, err = run("chinese.pth.tar", PYTHONPATH="no_jieba")
+    assert code == 1 and "pip install jieba" in err and err.count("\n") == 1
     (tiny_positions / "none" / "fastapi").mkdir(parents=True)
     (tiny_positions / "none" / "fastapi" / "__init__.py").write_text(
         "raise ImportError(name='fastapi')"
@@ -474,8 +596,10 @@ def write_meta(folder: Path) -> None:
             tsv.write("\t".join(str(record[name]) for name in query_server.FIELDS) + "\n")
     with open(folder / "test_features.json", "w") as lines:
         for i, vector in enumerate(body["whole_items"]):
-            lines.write(json.dumps([f"/somewhere/{i}.jpg", vector]) + "\n")
-    (folder / "img_id.txt").write_text("".join(f"{url(i)}\t{i}\n" for i in range(15)))
+            place = "http://inews.example.com/by/url.png" if i == 3 else f"/somewhere/{i}.jpg"
+            lines.write(json.dumps([place, vector]) + "\n")
+    ids = {url(i): i for i in range(15)} | {"http://inews.example.com/by/url.png": 3}
+    (folder / "img_id.txt").write_text("".join(f"{u}\t{i}\n" for u, i in ids.items()))
     with open(folder / "test_list.json", "w") as lines:
         for q in range(5):
             urls = [url(i) for i in (3 * q, 3 * q + 1, 3 * q + 2, (3 * q + 4) % 15)]
@@ -498,7 +622,7 @@ def test_the_client_writes_result_lines_and_map_reads_them(server, tiny_position
     want = scores_of_evaluation("model.pth.tar")
     assert [len(line["urls"]) for line in lines] == [4, 4, 4, 4, 3]  # image 14 has no features
     np.testing.assert_allclose(lines[2]["dist_t2i"], want[[6, 7, 8, 10], 30], atol=2e-6)
-    capsys.readouterr()
+    assert "notice: 1 of 20 candidates have no features" in capsys.readouterr().out
     files = ["dist_sentence_t2i.json", "dist_tag_i2t.json"]
     tencent_map.main([*files, "--list", "meta/test_list.json", "--weights", "1", "1.5"])
     out = capsys.readouterr().out.splitlines()
@@ -531,7 +655,21 @@ def spoil_line(name, text):
         (spoil_line("img_id.txt", "x"), "img_id.txt: line 2: expected a url, a tab and an image"),
         (spoil_line("test_features.json", "[1]"), "test_features.json: line 2: expected .url, vec"),
         (spoil_line("test_own.tsv.0", "1\t2"), "test_own.tsv.0: image 1: expected image_id"),
-        (lambda f: (f / "img_id.txt").unlink(), "img_id.txt"),
+        (
+            lambda f: (f / "test_own.tsv.0").write_bytes(b"1\t\xff\t\xff\t1\t1\t1\n"),
+            "test_own.tsv.0: image 1: expected image_id",
+        ),
+        (lambda f: (f / "img_id.txt").unlink(), "img_id.txt: no such file; --meta is the folder"),
+        (
+            lambda f: (f / "img_id.txt").write_text("a\t1\n"),
+            "meta: none of the 20 candidates has an id in img_id.txt",
+        ),
+        (
+            lambda f: (f / "test_features.json").write_text(
+                "".join(f'["/{i}.jpg", [1]]\n' for i in range(15))
+            ),
+            "test_list.json: line 1: .*422: .*whole_items.0: 1 numbers, expected 12",
+        ),
     ],
 )
 def test_the_client_names_bad_files_and_writes_nothing(server, tiny_positions, spoil, message):
@@ -539,7 +677,18 @@ def test_the_client_names_bad_files_and_writes_nothing(server, tiny_positions, s
     spoil(tiny_positions / "meta")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         query_server.main(["d.json", "sentence", str(server.port), "--meta", "meta"])
-    assert not os.path.exists("d.json")
+    assert not os.path.exists("d.json") and not os.path.exists("d.json.part")
+
+
+def test_the_client_waits_for_a_busy_server(tiny_positions):
+    server = Server(write_checkpoint(WHOLE), "--max_waiting", "1")
+    write_meta(tiny_positions / "meta")
+    lines = (tiny_positions / "meta" / "test_list.json").read_text()
+    (tiny_positions / "meta" / "test_list.json").write_text(lines * 8)
+    query_server.main(["d.json", "tag", str(server.port), "--meta", "meta", "--clients", "6"])
+    assert len(Path("d.json").read_text().splitlines()) == 40
+    server.process.kill()
+    server.process.communicate()
 
 
 def test_the_client_says_when_no_server_answers(tiny_positions):
@@ -557,11 +706,17 @@ def test_the_client_says_when_no_server_answers(tiny_positions):
         ('{"urls": ["a"], "dist_t2i": []}', "{}", "line 1: expected urls and as many dist_t2i"),
         ('{"urls": [], "dist_t2i": []}\n' * 2, "{}", "1 queries, but 2 were scored"),
         ('{"urls": [], "dist_t2i": []}', '{"Img_urls": ["a"]}', "line 1: expected Img_urls and"),
+        ('{"urls": [], "dist_t2i": []}', "[1]", "line 1: expected Img_urls and"),
+        ('{"urls": 3, "dist_t2i": [1]}', "{}", "line 1: expected urls and as many dist_t2i"),
+        ('{"urls": "a", "dist_t2i": "5"}', "{}", "line 1: expected urls and as many dist_t2i"),
+        ('{"urls": [["a"]], "dist_t2i": [5]}', "{}", "line 1: expected urls and as many"),
+        ('{"urls": ["a"], "dist_t2i": [null]}', "{}", "line 1: expected numbers in dist_t2i"),
+        ("\udcff", "{}", "line 1 is not JSON"),
     ],
 )
 def test_map_names_bad_lines(tmp_path, monkeypatch, results, judged, message):
     monkeypatch.chdir(tmp_path)
-    Path("r.json").write_text(results)
+    Path("r.json").write_text(results, errors="surrogateescape")
     Path("list.json").write_text(judged)
     with pytest.raises(ValueError, match=message):
         tencent_map.main(["r.json", "--list", "list.json"])

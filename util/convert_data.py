@@ -66,7 +66,9 @@ def decode(text: str, columns: int | None, boxes: int, where: str, field: str) -
     except (binascii.Error, ValueError) as error:
         raise InputError(f"{where}: {field} is not base64 ({error}); the file may be cut") from None
     per_box = columns * 4 if columns else 4
-    expected = f"{boxes} boxes x {columns} float32" if columns else f"float32 for {boxes} boxes"
+    expected = f"float32 for {boxes} boxes"
+    if columns:
+        expected = f"{boxes} boxes x {columns} float32, {boxes * per_box} bytes"
     if len(raw) % (boxes * per_box) or (columns and len(raw) != boxes * per_box) or not raw:
         raise InputError(f"{where}: {field} holds {len(raw)} bytes; expected {expected}")
     values = np.frombuffer(raw, "<f4").reshape(boxes, -1)

@@ -27,7 +27,7 @@ SPLITS = ("train", "dev", "test", "testall")
 def find_blocks(
     boxes: np.ndarray,
     sizes: np.ndarray,
-    grid: int = 16,
+    split_size: int = 16,
     n_blocks: int = 15,
     with_area: bool = False,
 ) -> np.ndarray:
@@ -38,29 +38,29 @@ def find_blocks(
     column: the box's area in parts of the image's.
     """
     scale = np.tile(np.asarray(sizes, np.float64), 2)[:, None]  # (N, 1, 4)
-    low, high = np.split(np.asarray(boxes, np.float64) / scale * grid, 2, axis=2)  # (N, R, 2)
-    lines = np.arange(grid)
+    low, high = np.split(np.asarray(boxes, np.float64) / scale * split_size, 2, axis=2)  # (N, R, 2)
+    lines = np.arange(split_size)
     # How much of each column and of each row of blocks a box covers; in units of a block, so that
     # blocks wholly inside have exactly 1 and tie.
     covered = np.minimum(high[..., None], lines + 1) - np.maximum(low[..., None], lines)
-    columns, rows = np.moveaxis(covered.clip(0, 1), 2, 0)  # (N, R, grid)
+    columns, rows = np.moveaxis(covered.clip(0, 1), 2, 0)  # (N, R, split_size)
     overlap = (columns[..., :, None] * rows[..., None, :]).reshape(*columns.shape[:2], -1)
     rounded = overlap.round(9)  # rounding shall not decide a tie, nor touch the next block
     overlap = np.where(rounded > 0, overlap, 0)
     order = np.argsort(-rounded, axis=2, kind="stable")[..., :n_blocks]  # (N, R, k)
     kept = np.take_along_axis(overlap, order, 2)  # (N, R, k)
-    missing = n_blocks - kept.shape[2]  # a grid may have less than n_blocks
-    ids = np.where(kept > 0, order, grid**2)  # (N, R, k)
+    missing = n_blocks - kept.shape[2]  # an image may have less than n_blocks
+    ids = np.where(kept > 0, order, split_size**2)  # (N, R, k)
     weights = kept / np.maximum(kept.sum(2, keepdims=True), 1e-300)  # (N, R, k)
     pad = ((0, 0), (0, 0), (0, missing))
-    parts = [np.pad(ids, pad, constant_values=grid**2), np.pad(weights, pad)]
+    parts = [np.pad(ids, pad, constant_values=split_size**2), np.pad(weights, pad)]
     if with_area:
-        parts.append(np.prod(high - low, axis=2, keepdims=True) / grid**2)  # (N, R, 1)
+        parts.append(np.prod(high - low, axis=2, keepdims=True) / split_size**2)  # (N, R, 1)
     return np.concatenate(parts, 2).astype(np.float32)
 
 
 def convert(
-    stem: str, grid: int = 16, n_blocks: int = 15, with_area: bool = False, chunk: int = 256
+    stem: str, split_size: int = 16, n_blocks: int = 15, with_area: bool = False, chunk: int = 256
 ) -> tuple[int, int]:
     """Write `{stem}_boxes.npy`, whole or not at all: (images, regions that have no block)."""
     boxes = open_array(f"{stem}_ims_bbx.npy", ndim=3)  # (N, R, 4)
@@ -72,6 +72,11 @@ def convert(
     sizes = read_sizes(f"{stem}_ims_size.npy", len(boxes))  # (N, 2)
     shape = *boxes.shape[:2], 2 * n_blocks + with_area
     part = f"{stem}_boxes.npy.part"
+    if boxes[:256].max(initial=0) <= 1:
+        print(
+            f"warning: {stem}_ims_bbx.npy: expected left, top, right, bottom in pixels, but no "
+            "number is above 1: are they parts of the image already?"
+        )
     without = 0
     try:
         out = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape)
@@ -80,8 +85,8 @@ def convert(
             if not np.isfinite(some).all():
                 row = start + int(np.argmin(np.isfinite(some).all((1, 2))))
                 raise InputError(f"{stem}_ims_bbx.npy: row {row} (from 0) holds NaN or Inf")
-            found = find_blocks(some, sizes[start : start + chunk], grid, n_blocks, with_area)
-            without += int((found[..., 0] == grid**2).sum())
+            found = find_blocks(some, sizes[start : start + chunk], split_size, n_blocks, with_area)
+            without += int((found[..., 0] == split_size**2).sum())
             out[start : start + chunk] = found
         out.flush()
         os.replace(part, f"{stem}_boxes.npy")
@@ -97,13 +102,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data_path", default="data", help="folder that holds DATA_NAME/")
     parser.add_argument("--data_name", default="f30k_precomp", help="e.g. f30k_precomp")
     parser.add_argument("--splits", nargs="+", help="default: those that have boxes")
-    parser.add_argument("--grid", type=int, default=16, help="blocks along a side of the image")
-    parser.add_argument("--blocks", type=int, default=15, help="blocks kept a region")
+    parser.add_argument("--split_size", type=int, default=16, help="blocks along a side")
+    parser.add_argument("--n_blocks", type=int, default=15, help="blocks kept a region")
     parser.add_argument("--with_area", action="store_true", help="the area as a last column")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     opt = parser.parse_args(argv)
-    if opt.grid < 1 or opt.blocks < 1:
-        raise InputError("--grid and --blocks: expected at least 1")
+    if opt.split_size < 1 or opt.n_blocks < 1:
+        raise InputError("--split_size and --n_blocks: expected at least 1")
     folder = os.path.join(opt.data_path, opt.data_name)
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"{folder}: no such data folder; give --data_path its parent")
@@ -114,12 +119,15 @@ def main(argv: list[str] | None = None) -> None:
         raise FileNotFoundError(
             f"{folder}: no boxes ({{split}}_ims_bbx.npy); util/convert_data.py writes them"
         )
-    for stem in stems.values():
-        path = f"{stem}_boxes.npy"
-        if os.path.exists(path) and not opt.overwrite:
+    there = [s for s, stem in stems.items() if os.path.exists(f"{stem}_boxes.npy")]
+    if there and not opt.overwrite:
+        if opt.splits or len(there) == len(stems):
+            path = f"{stems[there[0]]}_boxes.npy"
             raise InputError(f"{path}: exists already; --overwrite replaces it")
+        print(f"kept: {', '.join(f'{split}_boxes.npy' for split in there)}")
+        stems = {split: stem for split, stem in stems.items() if split not in there}
     for stem in stems.values():
-        images, without = convert(stem, opt.grid, opt.blocks, opt.with_area)
+        images, without = convert(stem, opt.split_size, opt.n_blocks, opt.with_area)
         note = f"; {without} regions overlap no block" if without else ""
         print(f"{stem}_boxes.npy: {images} images{note}")
 
