@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 import options
+from chan import CHAN
 from gsmn import GSMN
 from model import SCAN
 from pfan import PFAN, PFANWhole
@@ -30,7 +31,7 @@ from util.cli import InputError
 from vocab import Vocabulary, deserialize_vocab
 
 # Their arguments are options of the same names.
-MODELS = {"scan": SCAN, "gsmn": GSMN, "pfan": PFAN, "pfan_whole": PFANWhole}
+MODELS = {"scan": SCAN, "gsmn": GSMN, "pfan": PFAN, "pfan_whole": PFANWhole, "chan": CHAN}
 
 # The parts of a model in the order of the published list of state dicts.
 PARTS = {
@@ -38,6 +39,7 @@ PARTS = {
     "gsmn": ("img_enc", "txt_enc", "visual_graph", "textual_graph"),
     "pfan": ("img_enc", "txt_enc"),
     "pfan_whole": ("img_enc", "txt_enc"),
+    "chan": ("img_enc", "txt_enc", "sim_enc", "criterion"),
 }
 
 # GSMN's convolutions under the names of its later revision.
@@ -126,7 +128,13 @@ def read_architecture(states: list[dict]) -> dict:
         known["img_dim"] -= known["position_embed_size"]
         if "fc_whole.weight" not in image:
             known["position"] = "attention" if "fc_att.weight" in image else "only"
-    if graphs:
+    if recognise(states) == "chan":
+        known.pop("bi_gru")
+        known["precomp_enc_type"] = "basic"
+        if any(name.startswith("feedforward.") for name in image):
+            mlp = "feedforward.mlp.c_fc.weight" in image
+            known["precomp_enc_type"] = "transformer" if mlp else "selfattention"
+    elif graphs:
         conv = graphs[1]["graph_convolution_3.conv_weights.0.weight"]
         known["feat_dim"] = known["num_block"] = conv.shape[1]
         known["out_dim"], known["hid_dim"] = graphs[1]["out_2.weight_v"].shape
@@ -164,8 +172,8 @@ def load(path: str, device: str | torch.device = "cpu") -> dict:
         for state in checkpoint["model"]
     ]
     system = recognise(checkpoint["model"])
-    if system not in PARTS:
-        raise InputError(f"{path}: a checkpoint of {system}, which this version cannot run yet")
+    if system == "chan" and any(name.startswith("bert.") for name in checkpoint["model"][1]):
+        raise InputError(f"{path}: CHAN with BERT, which this version cannot run yet")
     if system != "scan" and "run" not in checkpoint:
         checkpoint["epoch"] = checkpoint.get("epoch", 0) - 1  # published: how many are finished
     filled = options.defaults(system)
@@ -217,16 +225,25 @@ def vocab_file(opt: argparse.Namespace, folder: str) -> str:
     """The vocabulary file in a folder: {data_name}_vocab.json.
 
     The whole-image variant of PFAN has its own, {data_name}_sent_vocab.json, where there is one.
+    CHAN's is coco_precomp_vocab.json or f30k_precomp_vocab.json, unless there is one of that name.
     """
     path = os.path.join(folder, f"{opt.data_name}_vocab.json")
     sent = os.path.join(folder, f"{opt.data_name}_sent_vocab.json")
     own = opt.model == "pfan_whole" and (os.path.isfile(sent) or not os.path.isfile(path))
+    if opt.model == "chan" and not os.path.isfile(path):
+        kind = "coco" if "coco" in opt.data_name else "f30k"
+        shared = os.path.join(folder, f"{kind}_precomp_vocab.json")
+        return shared if os.path.isfile(shared) else path
     return sent if own else path
 
 
 def as_read(vocab: Vocabulary, opt: argparse.Namespace) -> Vocabulary:
-    """The vocabulary as the system reads words: PFAN's whole-image variant takes those unknown for
-    <pad>, as published."""
+    """The vocabulary as the system reads words, as published.
+
+    PFAN's whole-image variant takes unknown words for <pad>; CHAN has a word more, <mask>.
+    """
+    if opt.model == "chan":
+        vocab.add_word("<mask>")
     vocab.unknown = "<pad>" if opt.model == "pfan_whole" else "<unk>"
     return vocab
 
@@ -244,7 +261,7 @@ def find_vocab(
     opt = checkpoint["opt"]
     own = None
     if checkpoint.get("vocab") is not None:
-        own = vocab = Vocabulary.from_state_dict(checkpoint["vocab"], path)
+        own = vocab = as_read(Vocabulary.from_state_dict(checkpoint["vocab"], path), opt)
         source = path
     if own is None or vocab_path:
         here = os.path.dirname(os.path.abspath(__file__))
@@ -252,7 +269,7 @@ def find_vocab(
         places = [os.fspath(vocab_path)] if vocab_path else places
         files = [p if p.endswith(".json") else vocab_file(opt, p) for p in places]
         source = next((file for file in files if os.path.isfile(file)), files[0])
-        vocab = deserialize_vocab(source)
+        vocab = as_read(deserialize_vocab(source), opt)
     rows = checkpoint["model"][1]["embed.weight"].shape[0]
     if len(vocab) != rows:
         raise InputError(
@@ -264,7 +281,7 @@ def find_vocab(
             f"{source}: not the vocabulary that {path} was trained with, the word ids differ; "
             "give --vocab_path the folder of the vocabulary that the checkpoint came with"
         )
-    return as_read(own or vocab, opt)
+    return own or vocab
 
 
 def save(state: dict, directory: str, name: str, is_best: bool = False) -> None:

@@ -52,13 +52,47 @@ def repeats(array: np.ndarray, captions_per_row: int) -> int:
     return 1
 
 
+class Drop:
+    """Size augmentation, as published for CHAN: fewer regions and words in training.
+
+    Each region is dropped with probability `rate`; each word, <start> and <end> too, is chosen with
+    probability 0.2, and then masked (half of them), replaced by a random word (a tenth) or dropped.
+    An image keeps a region at least, a caption a word. Random numbers follow from seed, epoch and
+    caption, so a resumed run draws the same.
+    """
+
+    def __init__(self, rate: float, seed: int, vocab: Vocabulary):
+        self.rate, self.seed = rate, seed
+        self.mask, self.size = vocab.word2idx["<mask>"], len(vocab)
+
+    def __call__(self, item: dict, epoch: int) -> dict:
+        """An item with dropped regions as zeros at the end, and 'region_lengths' without them."""
+        rng = np.random.default_rng((self.seed, epoch, item["index"]))
+        images, captions = item["images"], item["captions"]
+        keep = torch.from_numpy(rng.random(len(images)) >= self.rate)  # (R,)
+        keep[rng.integers(len(images))] |= not keep.any()
+        kept = torch.zeros_like(images)  # (R, F)
+        kept[: int(keep.sum())] = images[keep]
+        chance = torch.from_numpy(rng.random(len(captions)) / 0.2)  # (W,), chosen below 1
+        other = torch.from_numpy(rng.integers(self.size, size=len(captions)))  # (W,)
+        words = captions.where(chance >= 0.5, self.mask)  # (W,)
+        words = words.where((chance < 0.5) | (chance >= 0.6), other)  # (W,)
+        stay = (chance < 0.6) | (chance >= 1)  # (W,)
+        words = words[stay] if stay.any() else captions  # (W',)
+        return item | {"images": kept, "captions": words, "region_lengths": int(keep.sum())}
+
+
 class PrecompDataset(Dataset):
     """One split of precomputed features with its captions; an item is one caption and its image.
 
     `data_path` is the folder of the split's files, `data_split` one of train, dev, test, testall.
-    Attributes: `n_images` distinct images, `n_captions`, `k` captions an image, `ids` or None.
-    Raises InputError or FileNotFoundError naming file and row where the files do not fit.
+    Attributes: `n_images` distinct images, `n_captions`, `k` captions an image, `ids` or None;
+    `drop`, what an item goes through in training, with the `epoch` that the loop sets. Raises
+    InputError or FileNotFoundError naming file and row where the files do not fit.
     """
+
+    drop: Drop | None = None
+    epoch = 0
 
     def __init__(self, data_path: str, data_split: str, vocab: Vocabulary, img_dim: int):
         stem = os.path.join(data_path, data_split)
@@ -169,7 +203,8 @@ class PrecompDataset(Dataset):
     def __getitem__(self, caption: int) -> dict:
         image = caption * self.candidates // self.k
         where = {"index": caption, "image_index": image}
-        return self.image_item(image) | self.caption_item(caption) | where
+        item = self.image_item(image) | self.caption_item(caption) | where
+        return item if self.drop is None else self.drop(item, self.epoch)
 
 
 class PositionDataset(PrecompDataset):

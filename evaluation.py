@@ -289,13 +289,24 @@ def print_metrics(metrics: dict) -> None:
 
 
 def find_data(data_path: str, data_name: str) -> str:
-    """The folder of a dataset: below `data_path` from here, or from the project's folder."""
+    """The folder of a dataset: below `data_path` from here, or from the project's folder.
+
+    `data_path`/`data_name`; or, as published for CHAN, `data_path`/precomp or `data_path`_precomp.
+    """
     here = os.path.dirname(os.path.abspath(__file__))
-    places = [os.path.join(data_path, data_name), os.path.join(here, data_path, data_name)]
-    for place in places:
-        if os.path.isdir(place):
-            return place
-    raise FileNotFoundError(f"{places[0]}: no such data folder; give --data_path its parent")
+    for root in ("", here):
+        path = os.path.join(root, data_path)
+        bare = path.rstrip(os.sep)
+        for place in (
+            os.path.join(path, data_name),
+            os.path.join(path, "precomp"),
+            f"{bare}_precomp",
+        ):
+            if os.path.isdir(place):
+                return place
+    raise FileNotFoundError(
+        f"{os.path.join(data_path, data_name)}: no such data folder; give --data_path its parent"
+    )
 
 
 def model_scores(

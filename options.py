@@ -9,6 +9,7 @@ PAPER_DEFAULTS: dict[str, dict] = {
     "gsmn": {"log_step": 100, "val_step": 15000},
     "pfan": {},
     "pfan_whole": {"embed_size": 512},
+    "chan": {"margin": 0.05},
 }
 
 
@@ -32,8 +33,21 @@ OWN = {
     ("gsmn",): ("is_sparse", "num_block", "feat_dim", "hid_dim", "out_dim", "neighbours"),
     ("pfan", "pfan_whole"): ("split_size", "n_blocks", "position_embed_size"),
     ("pfan",): ("position",),
+    ("chan",): (
+        *("coding_type", "pooling_type", "alpha", "belta", "criterion", "temperature"),
+        *("drop", "obj_drop_rate", "mask_dropped"),
+    ),
     ("pfan_whole",): ("lambda_whole", "need_box_whole"),
 }
+
+
+def fraction(text: str) -> float:
+    """An argparse type: a number from 0 on, below 1."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number from 0 on, below 1")
+    return value
+
 
 COUNT, FROM_0 = number(int, 1), number(int, 0)
 POSITIVE, NOT_NEGATIVE = number(float, 0, strict=True), number(float, 0)
@@ -129,7 +143,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--num_layers", default=1, type=COUNT, help="GRU layers")
     model.add_argument("--bi_gru", action="store_true", help="GRU in both directions")
-    model.add_argument("--precomp_enc_type", default="basic", help="basic | weight_norm")
+    model.add_argument(
+        "--precomp_enc_type",
+        default="basic",
+        help="basic | weight_norm; CHAN: basic | selfattention | transformer",
+    )
+    model.add_argument(
+        "--text_enc_type", default="bigru", choices=["bigru"], help="CHAN's published flag"
+    )
     model.add_argument("--no_imgnorm", action="store_true", help="do not normalise regions")
     model.add_argument("--no_txtnorm", action="store_true", help="do not normalise words")
 
@@ -184,6 +205,40 @@ def build_parser() -> argparse.ArgumentParser:
     )
     pfan.add_argument(
         "--need_box_whole", action="store_true", help="the last region is the whole image"
+    )
+
+    chan = parser.add_argument_group("CHAN")
+    chan.add_argument(
+        "--coding_type",
+        default="VHACoding",
+        help="VHACoding (the best region of each word) | THACoding (the best word of each region) "
+        "| VSACoding (a mean of the words for each region)",
+    )
+    chan.add_argument(
+        "--pooling_type",
+        default="LSEPooling",
+        help="LSEPooling | MeanPooling | MaxPooling | SumPooling | SoftmaxPooling",
+    )
+    chan.add_argument("--alpha", default=0.1, type=POSITIVE, help="VSACoding's temperature")
+    chan.add_argument(
+        "--belta", default=0.1, type=POSITIVE, help="temperature of LSEPooling and SoftmaxPooling"
+    )
+    chan.add_argument(
+        "--criterion",
+        default="ContrastiveLoss",
+        choices=["ContrastiveLoss", "InfoNCELoss"],
+        help="hinge, summed in the first --vse_mean_warmup_epochs and then of hardest negatives, "
+        "with or without --max_violation; or InfoNCE",
+    )
+    chan.add_argument("--temperature", default=0.01, type=POSITIVE, help="of InfoNCELoss")
+    chan.add_argument("--drop", action="store_true", help="drop some regions and words in training")
+    chan.add_argument(
+        "--obj_drop_rate", default=0.2, type=fraction, help="part of the regions that --drop drops"
+    )
+    chan.add_argument(
+        "--mask_dropped",
+        action="store_true",
+        help="regions do not attend to dropped ones (published: they do, to zeros)",
     )
     return parser
 

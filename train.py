@@ -24,7 +24,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 import checkpoint as ckpt
 import options
-from data import PrecompDataset, get_train_loader, open_split
+from chan import InfoNCELoss
+from data import Drop, PrecompDataset, get_train_loader, open_split
 from evaluation import (
     METRICS,
     encode_data,
@@ -140,6 +141,8 @@ def fit(opt: argparse.Namespace, device: torch.device) -> None:
     opt.vocab_size = len(vocab)
     folder = find_data(opt.data_path, opt.data_name)
     train_set = open_split(folder, "train", vocab, opt)
+    if opt.drop:
+        train_set.drop = Drop(opt.obj_drop_rate, opt.seed, vocab)
     dev_set = open_split(folder, "dev", vocab, opt)
     pin = device.type == "cuda"
     loader = get_train_loader(
@@ -149,7 +152,9 @@ def fit(opt: argparse.Namespace, device: torch.device) -> None:
     model = ckpt.build_model(opt, len(vocab)).to(device)
     if opt.compile:
         model.compile_scores()
-    optimizer = torch.optim.Adam(model.parameters(), lr=opt.learning_rate, fused=True)
+    # CHAN's weights decay by AdamW's default, 0.01, as published.
+    kind = torch.optim.AdamW if opt.model == "chan" else torch.optim.Adam
+    optimizer = kind(model.parameters(), lr=opt.learning_rate, fused=True)
     # Where the run stands: epoch under way, batches of it done, their losses, steps in all, whether
     # a validation is due before the next one, best score.
     at = {"epoch": 0, "batch": 0, "loss_sum": 0.0, "loss_count": 0}
@@ -255,9 +260,12 @@ def train_epoch(
     lr = opt.learning_rate * 0.1 ** (epoch // opt.lr_update)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    hardest = opt.max_violation and epoch >= opt.vse_mean_warmup_epochs
-    criterion = ContrastiveLoss(opt.margin, hardest)
+    hardest = opt.max_violation or opt.model == "chan"
+    criterion = ContrastiveLoss(opt.margin, hardest and epoch >= opt.vse_mean_warmup_epochs)
+    if opt.criterion == "InfoNCELoss":
+        criterion = InfoNCELoss(opt.temperature, opt.margin)
     loader.batch_sampler.epoch, loader.batch_sampler.first = epoch, at["batch"]
+    loader.dataset.epoch = epoch
     steps = at["batch"] + len(loader)
 
     def validate_if_due() -> None:

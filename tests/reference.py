@@ -116,6 +116,42 @@ def positions(encoder: torch.nn.Module, regions: Tensor, blocks: Tensor, overlap
     return torch.stack(vectors)
 
 
+def chan_pair(
+    image: Tensor, words: Tensor, coding: str, pooling: str, alpha: float, belta: float
+) -> Tensor:
+    """CHAN's score of one pair: regions (R, D), words (W, D), row by row."""
+    if coding == "VHACoding":
+        x = [max(region @ word for region in image) for word in words]
+    elif coding == "THACoding":
+        x = [max(region @ word for word in words) for region in image]
+    else:
+        x = []
+        for region in image:
+            mean = torch.softmax(words @ region / alpha, 0) @ words  # (D,)
+            x.append(region @ mean / (mean.norm() + 1e-8))
+    x = torch.stack(x)  # (K,)
+    return {
+        "LSEPooling": lambda: (x / belta).exp().sum().log(),
+        "MeanPooling": lambda: x.sum() / len(x),
+        "MaxPooling": lambda: max(x),
+        "SumPooling": lambda: x.sum(),
+        "SoftmaxPooling": lambda: ((x / belta).exp() * x).sum() / (x / belta).exp().sum(),
+    }[pooling]()
+
+
+def info_nce(scores: Tensor, temperature: float, margin: float) -> Tensor:
+    """InfoNCE of matched pairs on the diagonal, row by row and column by column."""
+    n, total = len(scores), 0.0
+    for s in (scores, scores.T):
+        for i in range(n):
+            z = [
+                (s[i, j] - s[i, i] + margin) / temperature if i != j else 0 * s[i, i]
+                for j in range(n)
+            ]
+            total = total + torch.stack(z).exp().sum().log() / n
+    return total
+
+
 def hinge(scores: Tensor, margin: float, max_violation: bool) -> Tensor:
     """The ranking loss, one negative at a time."""
     n = len(scores)

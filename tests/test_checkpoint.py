@@ -178,12 +178,10 @@ def test_other_systems_are_recognised(tmp_path, states, system):
     names = [("fc.weight", *states[0]), ("embed.weight", *states[1]), *states[2:]]
     states = [{name: torch.zeros(2, 2) for name in some} for some in names]
     torch.save({"model": states, "opt": argparse.Namespace()}, path)
-    if system.startswith("pfan"):
+    if system != "gsmn":
         assert ckpt.load(path)["opt"].model == system
         return
-    with pytest.raises(
-        ValueError, match=f"a checkpoint of {system}( without|, which this version)"
-    ):
+    with pytest.raises(ValueError, match=f"a checkpoint of {system} without"):
         ckpt.load(path)
 
 

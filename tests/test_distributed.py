@@ -102,6 +102,8 @@ def process(rank: int, world: int, port: int, job, flags: list[str], out: str) -
         (3, 49, {"cross_attn": "t2i", "vse_mean_warmup_epochs": 1}),
         (2, 33, GSMN | {"is_sparse": True, "vse_mean_warmup_epochs": 0}),
         (2, 33, GSMN | {"is_sparse": True, "neighbours": True}),
+        (2, 33, {"model": "chan", "max_violation": None, "vse_mean_warmup_epochs": 0}),
+        (2, 33, {"model": "chan", "criterion": "InfoNCELoss", "precomp_enc_type": "selfattention"}),
         (2, 33, {"model": "pfan", "vse_mean_warmup_epochs": 0}),
         (2, 33, {"model": "pfan_whole", "cross_attn": "i2t", "vse_mean_warmup_epochs": 0}),
     ],

@@ -9,6 +9,7 @@ import torch
 from torch.fx.experimental import _config
 
 import gsmn
+from chan import CHAN, CODING, POOLING, InfoNCELoss
 from gsmn import GSMN
 from model import AGG_FUNC, RAW_FEATURE_NORM, SCAN, ContrastiveLoss, score_some
 from pfan import PFAN, PFANWhole
@@ -67,6 +68,22 @@ def test_a_step_of_pfan_stays_on_its_device(kind, more, direction, all_nonzero):
     assert scores.device.type == "meta" and scores.shape == (6, 6)
     ContrastiveLoss(0.2, max_violation=True)(scores).backward()
     assert all(p.grad.device.type == "meta" and p.grad.shape == p.shape for p in model.parameters())
+
+
+@pytest.mark.parametrize("coding", CODING)
+@pytest.mark.parametrize("pooling", POOLING)
+@pytest.mark.parametrize("kind", ["basic", "selfattention", "transformer"])
+def test_a_step_of_chan_stays_on_its_device(coding, pooling, kind, all_nonzero):
+    with torch.device("meta"):
+        model = CHAN(20, 12, 8, 16, precomp_enc_type=kind, coding_type=coding, pooling_type=pooling)
+        some = {"region_lengths": torch.empty(6, dtype=torch.long)} if kind == "basic" else {}
+    images, captions = model(batch() | some)
+    scores = model.similarity(images, captions)
+    assert scores.device.type == "meta" and scores.shape == (6, 6)
+    for criterion in (ContrastiveLoss(0.05, True), InfoNCELoss(0.01, 0.05)):
+        criterion(scores, torch.zeros(6, device="meta")).backward(retain_graph=True)
+    for p in model.parameters():
+        assert not p.requires_grad or p.grad.device.type == "meta" and p.grad.shape == p.shape
 
 
 @pytest.mark.parametrize("is_sparse", [False, True])

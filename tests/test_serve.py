@@ -47,12 +47,14 @@ SYSTEMS = [
     {"model": "scan", "cross_attn": "i2t"},
     GSMN,
     GSMN | {"is_sparse": True},
+    GSMN | {"is_sparse": True, "neighbours": True},
     {"model": "pfan"},
     {"model": "pfan", "cross_attn": "i2t", "position": "only", "split_size": 5, "n_blocks": 4},
     {"model": "pfan_whole", "lambda_whole": 2.0},
     {"model": "pfan_whole", "cross_attn": "i2t", "need_box_whole": True},
+    {"model": "chan", "precomp_enc_type": "selfattention"},
 ]
-WHOLE = SYSTEMS[6]
+WHOLE = {"model": "pfan_whole", "lambda_whole": 2.0}
 
 
 def write_checkpoint(system: dict, path: str = "model.pth.tar") -> str:
@@ -121,7 +123,7 @@ def test_answers_are_what_evaluation_computes(tiny_positions, system):
     for caption, answer in zip((0, 31, 74), answers, strict=True):
         np.testing.assert_allclose(answer[own], want[:, caption], rtol=0, atol=2e-6)
     other = {"t2i": "i2t", "i2t": "t2i"}[own[4:]]
-    if system["model"] == "gsmn":  # one score for both directions
+    if system["model"] in ("gsmn", "chan"):  # one score for both directions
         assert answers[0]["sim_t2i"] == answers[0]["sim_i2t"]
     else:
         path = write_checkpoint(system | {"cross_attn": other})
