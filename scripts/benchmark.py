@@ -1,14 +1,15 @@
 """What training and evaluation cost here: ours beside the usual loop.
 
     python scripts/benchmark.py              # the paper's size; some 25 minutes
-    python scripts/benchmark.py --model gsmn # scoring, step and memory of GSMN
+    python scripts/benchmark.py --model gsmn # scoring, step and memory of GSMN; or chan
     python scripts/benchmark.py --quick      # small, a minute: a look, not a figure to quote
     python scripts/benchmark.py --json       # one JSON object on stdout and nothing else
     python scripts/benchmark.py --plot a.png # the growth with the number of images, too
 
 Everything compared runs in one process, in turns, so that a busy machine slows all alike; times are
 medians. The usual loop is that of tests/reference.py (what the tests compare the scores with): one
-caption after the other, attended vectors built, every pair kept for the backward pass. Peak
+caption after the other, attended vectors built, every pair kept for the backward pass (CHAN: all
+captions at once). Peak
 memory is that of a process of its own, its Python and torch included.
 """
 
@@ -38,10 +39,11 @@ sys.path.insert(0, str(ROOT))
 import checkpoint as ckpt
 import evaluation
 import options
+from chan import CHAN
 from data import PrecompDataset, collate_fn
 from gsmn import GSMN
 from model import SCAN, ContrastiveLoss, l2norm, xattn_score
-from tests.reference import caption_loop, gsmn_caption_loop
+from tests.reference import caption_loop, chan_plain, gsmn_caption_loop
 from util.cli import InputError, progress, run
 from vocab import SPECIAL, Vocabulary
 
@@ -51,7 +53,9 @@ REGIONS, WORDS, N_VOCAB = 36, (9, 21), 8481
 GROWTH, GROWTH_CAPTIONS = (250, 500, 1000, 2000, 5000), 250
 LAMBDAS = {"t2i": (9.0, 6.0), "i2t": (4.0, 5.0)}  # of softmax and LogSumExp, as in the paper
 PARTS = ("scoring", "step", "memory", "evalrank", "growth")
-WAYS = {"scan": ("t2i", "i2t"), "gsmn": ("dense",)}  # what is measured of a system, each in turn
+# What is measured of a system, each in turn.
+WAYS = {"scan": ("t2i", "i2t"), "gsmn": ("dense",), "chan": ("VHA",)}
+BATCH = {"dense": 64, "VHA": 384}  # as published; else 128
 
 
 def say(*words) -> None:
@@ -87,6 +91,8 @@ class Work:
         if way in LAMBDAS:
             lambdas = dict(zip(("lambda_softmax", "lambda_lse"), LAMBDAS[way], strict=True))
             model = SCAN(N_VOCAB, **sizes, bi_gru=True, cross_attn=way, **lambdas)
+        elif way == "VHA":
+            model = CHAN(N_VOCAB, **sizes, precomp_enc_type="selfattention")
         else:
             model = GSMN(N_VOCAB, **sizes, bi_gru=True, lambda_softmax=20.0)
         self.model = model.to(device)
@@ -96,7 +102,7 @@ class Work:
         captions[torch.arange(captions.size(1)) >= lengths[:, None]] = 0
         images = torch.randn(n, REGIONS, size["img_dim"])
         batch = {"images": images, "captions": captions, "lengths": lengths}
-        if way not in LAMBDAS:
+        if way == "dense":
             batch["boxes"] = torch.rand(n, REGIONS, 2, 2).sort(2).values.flatten(2)
         self.batch = evaluation.to_device(batch, device)
         with torch.no_grad():
@@ -107,8 +113,11 @@ class Work:
 
     def loop(self, images: dict, captions: dict) -> Tensor:
         how = self.model.how
-        if self.way not in LAMBDAS:
+        if self.way == "dense":
             return gsmn_caption_loop(self.model, images, captions, self.batch["boxes"])
+        if self.way == "VHA":
+            parts = images["regions"], captions["words"], captions["lengths"]
+            return chan_plain(*parts, how.belta)
         lengths = captions["lengths"].tolist()
         parts = (images["regions"], captions["words"], lengths, how.raw_feature_norm, how.agg_func)
         return caption_loop(self.way, *parts, how.lambda_softmax, how.lambda_lse)
@@ -350,6 +359,7 @@ ROWS = [
 AIMS = {
     "scan": ["10 x faster", "1.15, 1.25", "4 x faster", "1.25", "2.5 x less", "10 x faster"],
     "gsmn": ["-", "-", "5 x faster", "-", "3 x less", "-"],
+    "chan": ["-", "-", "-", "1.25", "2.5 x less", "-"],
 }
 
 
@@ -435,8 +445,9 @@ def main(argv: list[str] | None = None) -> None:
     if not set(opt.only) <= set(parts):
         raise InputError(f"--only: of {opt.model} there are {', '.join(parts)}")
     size = QUICK if opt.quick else PAPER
-    if "dense" in (opt.way, *WAYS[opt.model]):
-        size = size | {"batch": min(size["batch"], 64)}  # the paper's
+    batch = BATCH.get(opt.way or WAYS[opt.model][0])
+    if batch and not opt.quick:
+        size = size | {"batch": batch}
     device = evaluation.pick_device(opt.device)
     if opt.peak:
         print_peak(opt.peak, size, opt.way, device)

@@ -139,6 +139,20 @@ def chan_pair(
     }[pooling]()
 
 
+def chan_plain(regions: Tensor, words: Tensor, lengths: Tensor, belta: float) -> Tensor:
+    """CHAN's VHA with LSE, all pairs at once (I, C); what the benchmark runs against.
+
+    As in the published program every dot is laid out, padding filled with -1, and the maxima's
+    padding with -inf.
+    """
+    s = regions.flatten(0, 1) @ words.flatten(0, 1).mT  # (I R, C W)
+    s = s.view(*regions.shape[:2], *words.shape[:2]).permute(0, 2, 1, 3)  # (I, C, R, W)
+    inside = torch.arange(words.size(1)) < lengths[:, None]  # (C, W)
+    inside = inside.to(regions.device)
+    best = s.masked_fill(~inside[:, None], -1).max(2).values  # (I, C, W)
+    return (best.masked_fill(~inside, -torch.inf) / belta).logsumexp(2)  # (I, C)
+
+
 def info_nce(scores: Tensor, temperature: float, margin: float) -> Tensor:
     """InfoNCE of matched pairs on the diagonal, row by row and column by column."""
     n, total = len(scores), 0.0

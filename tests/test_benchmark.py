@@ -36,6 +36,13 @@ def test_gsmn(capsys, monkeypatch):
         benchmark.main(["--model", "gsmn", "--only", "growth"])
 
 
+def test_chan(capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "peak_memory", lambda *a: 1.0)
+    benchmark.main(["--quick", "--model", "chan"])
+    out = capsys.readouterr().out
+    assert "| training step, ours / floor | " in out and "| VHA | aim |" in out
+
+
 def test_evalrank_and_growth(capsys, monkeypatch, tmp_path):
     """The published procedure comes to the same recalls; tables and picture are made."""
     monkeypatch.setattr(benchmark, "QUICK", benchmark.QUICK | {"images": 20})
