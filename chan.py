@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model import EPS, EncoderText, choose, l2norm
+from model import EPS, Encoders, EncoderText, choose, l2norm
 from pairs import blocks, pair_scores
 
 HEADS = 8
@@ -226,7 +226,7 @@ class AttendingImages(nn.Module):
         return x if self.no_imgnorm else l2norm(x, dim=-1)
 
 
-class CHAN(nn.Module):
+class CHAN(Encoders):
     """Region and word encoders, and the coding and pooling of their cosines."""
 
     compile_scores = staticmethod(compile_scores)
@@ -259,10 +259,6 @@ class CHAN(nn.Module):
         self.how = Coding(coding_type, pooling_type, alpha, belta)
         self.mask_dropped = mask_dropped
 
-    def forward(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Both encodings of a batch of pairs: the call that DistributedDataParallel wraps."""
-        return self.encode_images(batch), self.encode_captions(batch)
-
     def encode_images(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch['images'] (I, R, img_dim) -> {'regions': (I, R, D)}.
 
@@ -270,18 +266,13 @@ class CHAN(nn.Module):
         also 'inside' (I, R). The rest are never scored, but the others attend to them, as
         published, unless `mask_dropped`.
         """
-        images = batch["images"]
         if "region_lengths" not in batch:
-            return {"regions": self.img_enc(images)}
+            return super().encode_images(batch)
+        images = batch["images"]
         at = torch.arange(images.size(1), device=images.device)  # (R,)
         inside = at < batch["region_lengths"][:, None]  # (I, R)
         regions = self.img_enc(images, ~inside if self.mask_dropped else None)
         return {"regions": regions, "inside": inside}
-
-    def encode_captions(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch['captions'] (C, W), batch['lengths'] (C,) -> {'words': (C, W, D), 'lengths'}."""
-        words = self.txt_enc(batch["captions"], batch["lengths"])
-        return {"words": words, "lengths": batch["lengths"]}
 
     def similarity(self, images: dict[str, Tensor], captions: dict[str, Tensor]) -> Tensor:
         """Scores (I, C) of every encoded image with every encoded caption."""

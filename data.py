@@ -278,24 +278,16 @@ class WholeDataset(PositionDataset):
     image, `candidates` images a caption instead of k captions an image.
     """
 
-    def __init__(
-        self,
-        data_path: str,
-        data_split: str,
-        vocab: Vocabulary,
-        img_dim: int,
-        split_size: int = 16,
-        n_blocks: int = 15,
-        need_box_whole: bool = False,
-    ):
+    def __init__(self, *position_dataset, need_box_whole: bool = False):
         self.need_box_whole = need_box_whole
-        super().__init__(data_path, data_split, vocab, img_dim, split_size, n_blocks)
-        self.whole_path = os.path.join(data_path, f"{data_split}_who_ims.npy")
+        super().__init__(*position_dataset)
+        self.whole_path = f"{self.path.removesuffix('_ims.npy')}_who_ims.npy"
         self.whole = open_array(self.whole_path, ndim=2)  # (rows, F)
-        if self.whole.shape != (len(self.images), img_dim):
+        rows, _, numbers = self.images.shape
+        if self.whole.shape != (rows, numbers):
             raise InputError(
                 f"{self.whole_path}: an array of shape {self.whole.shape}, expected "
-                f"({len(self.images)}, {img_dim}), a vector for each image of {self.path}"
+                f"({rows}, {numbers}), a vector for each image of {self.path}"
             )
 
     def _candidates(self, data_split: str, rows: int, captions: int) -> int:
@@ -555,8 +547,8 @@ def open_split(
     if opt.model == "pfan":
         return PositionDataset(folder, split, vocab, opt.img_dim, opt.split_size, opt.n_blocks)
     if opt.model == "pfan_whole":
-        positions = opt.split_size, opt.n_blocks, opt.need_box_whole
-        return WholeDataset(folder, split, vocab, opt.img_dim, *positions)
+        positions = folder, split, vocab, opt.img_dim, opt.split_size, opt.n_blocks
+        return WholeDataset(*positions, need_box_whole=opt.need_box_whole)
     return PrecompDataset(folder, split, vocab, opt.img_dim)
 
 

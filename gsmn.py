@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from model import (
     CrossAttention,
     EncoderImage,
+    Encoders,
     EncoderText,
     WeightNormLinear,
     attention,
@@ -326,7 +327,7 @@ def textual_edges(
     return (e * adjacency).sum(2) / e.sum(2).clamp_min(1e-30)  # (C, W)
 
 
-class GSMN(nn.Module):
+class GSMN(Encoders):
     """Region and word encoders, and the matching of their two graphs."""
 
     compile_scores = staticmethod(compile_scores)
@@ -369,10 +370,6 @@ class GSMN(nn.Module):
         self.how = Matching(num_block, lambda_softmax, neighbours)
         self.is_sparse = is_sparse
 
-    def forward(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Both encodings of a batch of pairs: the call that DistributedDataParallel wraps."""
-        return self.encode_images(batch), self.encode_captions(batch)
-
     def encode_images(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch['images'] (I, R, img_dim), 'boxes' (I, R, 4) -> {'regions': (I, R, D), 'edges'}.
 
@@ -388,12 +385,8 @@ class GSMN(nn.Module):
         return {"keys": block_keys(regions, b), "norms": block_norms(regions, b)}
 
     def encode_captions(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch['captions'] (C, W), batch['lengths'] (C,) -> {'words': (C, W, D), 'lengths'}.
-
-        For the sparse graph also batch['adjacency'] (C, W, W), passed on.
-        """
-        words = self.txt_enc(batch["captions"], batch["lengths"])
-        encoded = {"words": words, "lengths": batch["lengths"]}
+        """As Encoders; for the sparse graph also batch['adjacency'] (C, W, W), passed on."""
+        encoded = super().encode_captions(batch)
         return encoded | ({"adjacency": batch["adjacency"]} if self.is_sparse else {})
 
     def similarity(self, images: dict[str, Tensor], captions: dict[str, Tensor]) -> Tensor:

@@ -420,7 +420,24 @@ class ContrastiveLoss(nn.Module):
         return caption_cost.sum() + image_cost.sum()
 
 
-class SCAN(nn.Module):
+class Encoders(nn.Module):
+    """What all models share: `img_enc`, `txt_enc`, and the call that wraps both."""
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Both encodings of a batch of pairs: the call that DistributedDataParallel wraps."""
+        return self.encode_images(batch), self.encode_captions(batch)
+
+    def encode_images(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """batch['images'] (I, R, F) -> {'regions': (I, R, D)}."""
+        return {"regions": self.img_enc(batch["images"])}
+
+    def encode_captions(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """batch['captions'] (C, W), batch['lengths'] (C,) -> {'words': (C, W, D), 'lengths'}."""
+        words = self.txt_enc(batch["captions"], batch["lengths"])
+        return {"words": words, "lengths": batch["lengths"]}
+
+
+class SCAN(Encoders):
     """Region and word encoders, and their stacked cross attention score."""
 
     compile_scores = staticmethod(compile_scores)
@@ -458,19 +475,6 @@ class SCAN(nn.Module):
             lambda_lse,
             self.FOCUS[cross_attn],
         )
-
-    def forward(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Both encodings of a batch of pairs: the call that DistributedDataParallel wraps."""
-        return self.encode_images(batch), self.encode_captions(batch)
-
-    def encode_images(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch['images'] (I, R, F) -> {'regions': (I, R, D)}."""
-        return {"regions": self.img_enc(batch["images"])}
-
-    def encode_captions(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch['captions'] (C, W), batch['lengths'] (C,) -> {'words': (C, W, D), 'lengths'}."""
-        words = self.txt_enc(batch["captions"], batch["lengths"])
-        return {"words": words, "lengths": batch["lengths"]}
 
     def similarity(
         self,

@@ -60,7 +60,7 @@ WHOLE = {"model": "pfan_whole", "lambda_whole": 2.0}
 def write_checkpoint(system: dict, path: str = "model.pth.tar") -> str:
     """A model of random weights."""
     opt = argparse.Namespace(**options.defaults(system["model"]) | SIZES | system)
-    words = deserialize_vocab("vocab/tiny_precomp_vocab.json")
+    words = ckpt.as_read(deserialize_vocab("vocab/tiny_precomp_vocab.json"), opt)
     torch.manual_seed(0)
     net = ckpt.build_model(opt, len(words))
     state = {"epoch": 0, "model": ckpt.state_dicts(net, opt.model), "opt": opt}
