@@ -151,6 +151,12 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--text_enc_type", default="bigru", choices=["bigru"], help="CHAN's published flag"
     )
+    model.add_argument(
+        "--wemb_type",
+        default="",
+        help="glove | fasttext: start from the word vectors of --wemb_path",
+    )
+    model.add_argument("--wemb_path", default="", metavar="PATH", help="text file of word vectors")
     model.add_argument("--no_imgnorm", action="store_true", help="do not normalise regions")
     model.add_argument("--no_txtnorm", action="store_true", help="do not normalise words")
 

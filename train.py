@@ -39,6 +39,7 @@ from evaluation import (
 from model import ContrastiveLoss
 from util import distributed
 from util.cli import InputError, progress, run, say
+from util.word_vectors import read_vectors
 from vocab import Vocabulary, deserialize_vocab
 
 INTERRUPTED = "interrupted.pth.tar"
@@ -164,6 +165,8 @@ def fit(opt: argparse.Namespace, device: torch.device) -> None:
         if not opt.reset_start_epoch:
             restore(resumed, optimizer, at, opt, len(train_set))
         print(f"=> loaded {opt.resume}: epoch {at['epoch']}, best rsum {at['best_rsum']:.1f}")
+    elif opt.wemb_type or opt.wemb_path:
+        start_from_vectors(model, vocab, opt)
     fresh = resumed is None or opt.reset_start_epoch
     del resumed
     encoder = DistributedDataParallel(model) if world > 1 else model
@@ -365,6 +368,23 @@ def read_vocab(opt: argparse.Namespace, resumed: dict | None) -> Vocabulary:
     return ckpt.find_vocab(resumed, opt.resume, given)
 
 
+def start_from_vectors(model: nn.Module, vocab: Vocabulary, opt: argparse.Namespace) -> None:
+    """Fill the word embedding with the vectors of --wemb_path; they go on learning."""
+    if opt.wemb_type not in ("glove", "fasttext") or not opt.wemb_path:
+        raise InputError(
+            f"--wemb_type {opt.wemb_type!r} --wemb_path {opt.wemb_path!r}: expected glove or "
+            "fasttext, and the file of vectors"
+        )
+    ids, vectors = read_vectors(opt.wemb_path, vocab, opt.word_dim)
+    weight = model.txt_enc.embed.weight
+    with torch.no_grad():
+        if opt.model == "chan":
+            weight.normal_()  # of the words without a vector, as published
+        weight[torch.tensor(ids)] = vectors.to(weight.device)
+    missing = len(vocab) - len(ids)
+    print(f"Words: {len(ids)}/{len(vocab)} found in vocabulary; {missing} words missing")
+
+
 def forget_epochs_from(epoch: int, path: str) -> None:
     """Drop the lines of a log that a run resumed at `epoch` will write again."""
     if not os.path.isfile(path):
@@ -380,7 +400,17 @@ def forget_epochs_from(epoch: int, path: str) -> None:
 
 # Options that do not change what a resumed run computes.
 FREE = {"data_path", "vocab_path", "workers", "device", "model_name", "logger_name", "log_step"}
-FREE |= {"val_step", "resume", "reset_start_epoch", "num_epochs", "model", "vocab_size", "compile"}
+FREE |= {
+    "wemb_type",
+    "wemb_path",
+    "val_step",
+    "resume",
+    "reset_start_epoch",
+    "num_epochs",
+    "model",
+    "vocab_size",
+    "compile",
+}
 
 
 def restore(

@@ -106,6 +106,16 @@ def test_there_is_a_script_for_each_pfan_row():
     assert sorted(names) == PFAN
 
 
+def test_the_chan_row(home):
+    (home / "glove.txt").write_text("red 1 2 3 4 5 6\n")
+    done = bash(home, "chan_f30k_bigru", "data", *TINY, "--wemb_path", "glove.txt")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "model='chan'" in done.stdout and "drop=True" in done.stdout
+    assert "Words: 1/" in done.stdout and "precomp_enc_type='selfattention'" in done.stdout
+    done = bash(home, "chan_f30k_bigru", "data", *TINY)
+    assert done.returncode == 1 and "expected glove or fasttext, and the file" in done.stderr
+
+
 @pytest.mark.parametrize("name", ["f30k", "f30k_only", "coco"])
 def test_pfan_ensembles(home, name):
     for way in ("t2i", "i2t"):
