@@ -2,6 +2,7 @@
 
     python evaluation.py runs/x/model_best.pth.tar --data_path data --split test [--fold5]
     python evaluation.py A.pth.tar B.pth.tar ...        # ensemble: the mean of their score matrices
+    python evaluation.py A.npy B.npy [--fold5]          # the same of matrices saved by --save_path
     torchrun --nproc_per_node=2 evaluation.py ...       # shared among processes
 
     import evaluation
@@ -26,6 +27,7 @@ from data import PrecompDataset, collate_fn, open_split
 from pairs import length_groups
 from util.cli import InputError, progress, run
 from util.distributed import add_up, joined, rank, world
+from util.plain_pickle import load_objects
 
 METRICS = ("r1", "r5", "r10", "medr", "meanr")
 FOLDS = 5
@@ -408,6 +410,36 @@ def evalrank(
     if save_path and rank() == 0:
         with open(save_path, "wb") as file:  # np.save would append .npy to another name
             np.save(file, scores)
+    return rank_and_print(scores, fold5)
+
+
+def eval_ensemble(paths: Sequence[str], fold5: bool = False) -> dict:
+    """Rank by the mean of saved score matrices (images, captions), and print the published lines.
+
+    Files as `save_path` of evalrank writes them, or as the published programs dumped them. Returns
+    what evalrank does. Raises FileNotFoundError or ValueError naming the file that does not fit.
+    """
+    scores = None
+    for path in map(os.fspath, paths):
+        part = load_objects(path)
+        if part.ndim != 2 or part.dtype.kind != "f" or 0 in part.shape:
+            raise InputError(
+                f"{path}: {part.dtype} of shape {part.shape}, expected scores (images, captions)"
+            )
+        if scores is not None and part.shape != scores.shape:
+            raise InputError(
+                f"{path}: scores {part.shape} images x captions, the files before it {scores.shape}"
+            )
+        scores = part.astype(np.float64) if scores is None else scores + part
+    if scores is None:
+        raise InputError("no score matrix to evaluate")
+    if fold5 and min(scores.shape) < FOLDS:
+        raise InputError(f"scores of shape {scores.shape}, too few for five folds")
+    return rank_and_print(scores / len(paths), fold5)
+
+
+def rank_and_print(scores: np.ndarray, fold5: bool) -> dict:
+    """Metrics of a score matrix, or the mean over five parts of it, in the published lines."""
     candidates = scores.shape[0] > scores.shape[1]
     if not fold5:
         metrics = retrieval_metrics(scores, candidates)
@@ -441,7 +473,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Recall@K of a checkpoint, or of the mean score of several.", allow_abbrev=False
     )
-    parser.add_argument("checkpoint", nargs="+", help="one model, or the models of an ensemble")
+    parser.add_argument(
+        "checkpoint",
+        nargs="+",
+        help="one model, or the models of an ensemble; or their saved score matrices (.npy)",
+    )
     parser.add_argument("--data_path", help="folder that holds the data; default: as in training")
     parser.add_argument("--split", default="test", help="dev | test (default) | testall")
     parser.add_argument("--fold5", action="store_true", help="mean over five parts (COCO 1K)")
@@ -463,6 +499,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     opt = vars(parser.parse_args(argv))
     paper = opt.pop("paper")
+    if all(path.endswith(".npy") for path in opt["checkpoint"]):
+        metrics = eval_ensemble(opt["checkpoint"], opt["fold5"])
+        if paper:
+            print_beside_paper(metrics, paper)
+        return
     opt["device"] = pick_device(opt["device"])
     with joined(opt["device"]):
         metrics = evalrank(opt.pop("checkpoint"), **opt)

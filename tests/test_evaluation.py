@@ -1,5 +1,7 @@
 """Ranks and metrics against counting, the published lines, five-fold, ensembles."""
 
+import os
+import pickle
 import shutil
 
 import numpy as np
@@ -310,3 +312,55 @@ def test_several_images_a_caption_are_ranked_the_other_way_round():
         (slice(0, 6), slice(0, 2)),
         (slice(6, 12), slice(2, 4)),
     ]
+
+
+def test_an_ensemble_of_saved_matrices(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(2)
+    a, b = (rng.normal(size=(10, 50)).astype(t) for t in (np.float32, np.float64))
+    np.save("a.npy", a)
+    b.dump("b.npy")  # what published programs wrote
+    for fold5 in (False, True):
+        got = evaluation.eval_ensemble(["a.npy", "b.npy"], fold5)
+        mean = (a + b) / 2
+        want = retrieval_metrics(mean)
+        if fold5:
+            parts = [mean[2 * f : 2 * f + 2, 10 * f : 10 * f + 10] for f in range(5)]
+            want = evaluation.mean_metrics([retrieval_metrics(part) for part in parts])
+            assert len(got.pop("folds")) == 5
+        assert got == want
+    capsys.readouterr()
+    evaluation.main(["a.npy", "b.npy", "--paper", *"123456"])
+    out = capsys.readouterr().out
+    assert f"rsum: {retrieval_metrics(mean)['rsum']:.1f}" in out and "paper" in out
+    np.save("c.npy", a[:5])
+    np.save("d.npy", a.astype(np.int64))
+    np.save("e.npy", a[0])
+    for paths, message in (
+        (["a.npy", "c.npy"], r"c.npy: scores \(5, 50\) images x captions, the files before"),
+        (["d.npy"], "d.npy: int64 of shape"),
+        (["e.npy"], "expected scores .images, captions."),
+        ([], "no score matrix"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluation.eval_ensemble(paths)
+    with pytest.raises(ValueError, match="too few for five folds"):
+        np.save("f.npy", a[:4, :20])
+        evaluation.eval_ensemble(["f.npy"], fold5=True)
+    with pytest.raises(FileNotFoundError):
+        evaluation.eval_ensemble(["no.npy"])
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.mkdir, ("pwned",))
+
+
+def test_a_dump_that_would_run_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for content in (Evil(), [1, 2], np.array([Evil()], dtype=object)):
+        with open("x.npy", "wb") as file:
+            pickle.dump(content, file, protocol=2)
+        with pytest.raises(ValueError, match="x.npy: (refused|not a whole)"):
+            evaluation.eval_ensemble(["x.npy"])
+        assert not os.path.exists("pwned")

@@ -118,10 +118,14 @@ class _Unpickler(pickle.Unpickler):
 def load_objects(path: str | os.PathLike) -> np.ndarray:
     """The array of a .npy file, of numbers or of plain objects (dicts, strings, numbers, arrays).
 
-    Raises InputError for a file that is no array or names anything else; nothing of it runs.
+    Also of what `array.dump` wrote, a pickle without a head. Raises InputError for a file that is
+    no array or names anything else; nothing of it runs.
     """
     try:
         with open(path, "rb") as file:
+            if file.peek(6)[:6] != b"\x93NUMPY" and file.peek(1)[:1] in (b"\x80", b"c"):
+                array = _Unpickler(file, encoding="latin1").load()
+                return array.value if isinstance(array, _Array) else _refuse("no array")
             version = np.lib.format.read_magic(file)
             read = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
             shape, _, dtype = read(file)
