@@ -213,8 +213,8 @@ def average_precision(
     the first i) / i, and 'map@k' is its mean; 'a@k' is the part of their first k that is relevant,
     all these queries taken together; 'queries@k' is how many they are. Beside them 'map', the usual
     one: the mean, over queries with a relevant candidate, of the precision at each relevant one.
-    All from 0 to 1 (NaN where there is no such query). Of equal
-    scores, irrelevant candidates rank first. Raises InputError on NaN and on flags not 0 or 1.
+    All from 0 to 1 (NaN where there is no such query). Of equal scores, irrelevant candidates rank
+    first. Raises InputError on NaN and on flags not 0 or 1.
     """
     ranked = []
     for query, (x, flags) in enumerate(zip(scores, relevant, strict=True)):
@@ -410,14 +410,15 @@ def evalrank(
     if save_path and rank() == 0:
         with open(save_path, "wb") as file:  # np.save would append .npy to another name
             np.save(file, scores)
-    return rank_and_print(scores, fold5)
+    # Only a split that says so has several images a caption; see WholeDataset.
+    return rank_and_print(scores, fold5, scores.shape[0] > scores.shape[1])
 
 
-def eval_ensemble(paths: Sequence[str], fold5: bool = False) -> dict:
+def eval_ensemble(paths: Sequence[str], fold5: bool = False, candidates: bool = False) -> dict:
     """Rank by the mean of saved score matrices (images, captions), and print the published lines.
 
-    Files as `save_path` of evalrank writes them, or as the published programs dumped them. Returns
-    what evalrank does. Raises FileNotFoundError or ValueError naming the file that does not fit.
+    Files as `save_path` of evalrank writes them, or as the published programs dumped them; see
+    retrieval_metrics for `candidates`. Returns what evalrank does. Raises FileNotFoundError or ValueError naming the file that does not fit.
     """
     scores = None
     for path in map(os.fspath, paths):
@@ -435,12 +436,11 @@ def eval_ensemble(paths: Sequence[str], fold5: bool = False) -> dict:
         raise InputError("no score matrix to evaluate")
     if fold5 and min(scores.shape) < FOLDS:
         raise InputError(f"scores of shape {scores.shape}, too few for five folds")
-    return rank_and_print(scores / len(paths), fold5)
+    return rank_and_print(scores / len(paths), fold5, candidates)
 
 
-def rank_and_print(scores: np.ndarray, fold5: bool) -> dict:
+def rank_and_print(scores: np.ndarray, fold5: bool, candidates: bool) -> dict:
     """Metrics of a score matrix, or the mean over five parts of it, in the published lines."""
-    candidates = scores.shape[0] > scores.shape[1]
     if not fold5:
         metrics = retrieval_metrics(scores, candidates)
         print_metrics(metrics)

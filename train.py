@@ -400,17 +400,8 @@ def forget_epochs_from(epoch: int, path: str) -> None:
 
 # Options that do not change what a resumed run computes.
 FREE = {"data_path", "vocab_path", "workers", "device", "model_name", "logger_name", "log_step"}
-FREE |= {
-    "wemb_type",
-    "wemb_path",
-    "val_step",
-    "resume",
-    "reset_start_epoch",
-    "num_epochs",
-    "model",
-    "vocab_size",
-    "compile",
-}
+FREE |= {"val_step", "resume", "reset_start_epoch", "num_epochs", "model", "vocab_size", "compile"}
+FREE |= {"wemb_type", "wemb_path"}
 
 
 def restore(

@@ -336,10 +336,13 @@ def test_an_ensemble_of_saved_matrices(tmp_path, monkeypatch, capsys):
     np.save("c.npy", a[:5])
     np.save("d.npy", a.astype(np.int64))
     np.save("e.npy", a[0])
+    np.save("t.npy", a.T)  # the wrong way round, unless it is said to be right
+    assert evaluation.eval_ensemble(["t.npy"], candidates=True)["rsum"] > 0
     for paths, message in (
         (["a.npy", "c.npy"], r"c.npy: scores \(5, 50\) images x captions, the files before"),
         (["d.npy"], "d.npy: int64 of shape"),
         (["e.npy"], "expected scores .images, captions."),
+        (["t.npy"], "expected .images, captions. with the same number"),
         ([], "no score matrix"),
     ):
         with pytest.raises(ValueError, match=message):
