@@ -418,7 +418,8 @@ def eval_ensemble(paths: Sequence[str], fold5: bool = False, candidates: bool = 
     """Rank by the mean of saved score matrices (images, captions), and print the published lines.
 
     Files as `save_path` of evalrank writes them, or as the published programs dumped them; see
-    retrieval_metrics for `candidates`. Returns what evalrank does. Raises FileNotFoundError or ValueError naming the file that does not fit.
+    retrieval_metrics for `candidates`. Returns what evalrank does. Raises FileNotFoundError or
+    ValueError naming the file that does not fit.
     """
     scores = None
     for path in map(os.fspath, paths):
