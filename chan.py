@@ -61,17 +61,20 @@ CODING: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "VSACoding": visual_soft,
 }
 
-# What is pooled, x (..., K), to one score. LSE lacks the factor belta, as published: the ranks do
-# not change with it, but the margin is in its unit.
+# What is pooled, x (..., K), to one score; rows that are missing are -inf. LSE lacks the factor
+# belta, as published: the ranks do not change with it, but the margin is in its unit.
 POOLING: dict[str, Callable[[Tensor, float], Tensor]] = {
     "LSEPooling": lambda x, belta: (x / belta).logsumexp(-1),
-    "MeanPooling": lambda x, belta: x.nanmean(-1),
+    "MeanPooling": lambda x, belta: present(x).sum(-1) / (~x.isneginf()).sum(-1),
     "MaxPooling": lambda x, belta: x.max(-1).values,
-    "SumPooling": lambda x, belta: x.nansum(-1),
-    "SoftmaxPooling": lambda x, belta: (
-        (x / belta).softmax(-1) * x.masked_fill(x.isneginf(), 0)
-    ).sum(-1),
+    "SumPooling": lambda x, belta: present(x).sum(-1),
+    "SoftmaxPooling": lambda x, belta: ((x / belta).softmax(-1) * present(x)).sum(-1),
 }
+
+
+def present(x: Tensor) -> Tensor:
+    """x with 0 for the rows that are missing."""
+    return x.masked_fill(x.isneginf(), 0)  # like x
 
 
 def code_and_pool(s: Tensor, words: Tensor, inside: Tensor | None, how: Coding) -> Tensor:
@@ -79,15 +82,14 @@ def code_and_pool(s: Tensor, words: Tensor, inside: Tensor | None, how: Coding) 
 
     `inside` (i, R) or (p, R) says which regions there are; None: all.
     """
+    coding = choose(CODING, how.coding_type, "coding_type")
     pooling = choose(POOLING, how.pooling_type, "pooling_type")
-    if inside is not None and how.coding_type == "VHACoding":
-        inside = inside[:, None] if s.dim() == 3 else inside  # (p, 1, R) or (i, R)
-        s, inside = s.masked_fill(~inside, -torch.inf), None
-    x = choose(CODING, how.coding_type, "coding_type")(s, words, how.alpha)  # (n, i, K)
+    if inside is not None and how.coding_type == "VHACoding":  # regions are chosen from
+        mask = inside[:, None] if s.dim() == 3 else inside  # (p, 1, R) or (i, R)
+        return pooling(coding(s.masked_fill(~mask, -torch.inf), words, how.alpha), how.belta)
+    x = coding(s, words, how.alpha)  # (n, i, K)
     if inside is not None:  # regions are pooled
-        # Each pooling passes over what it is filled with, forward and backward.
-        passed = torch.nan if how.pooling_type in ("MeanPooling", "SumPooling") else -torch.inf
-        x = x.masked_fill(~inside, passed)  # (n, i, K)
+        x = x.masked_fill(~inside, -torch.inf)  # (n, i, K)
     return pooling(x, how.belta)  # (n, i)
 
 

@@ -259,9 +259,11 @@ def find_vocab(
     as the word embedding has rows.
     """
     opt = checkpoint["opt"]
-    own = None
-    if checkpoint.get("vocab") is not None:
-        own = vocab = as_read(Vocabulary.from_state_dict(checkpoint["vocab"], path), opt)
+    own, stored = None, checkpoint.get("vocab")
+    if stored is None and isinstance(getattr(opt, "word2idx", None), dict):
+        stored = {"word2idx": opt.word2idx}  # published CHAN, if it started from word vectors
+    if stored is not None:
+        own = vocab = as_read(Vocabulary.from_state_dict(stored, path), opt)
         source = path
     if own is None or vocab_path:
         here = os.path.dirname(os.path.abspath(__file__))

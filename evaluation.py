@@ -290,25 +290,23 @@ def print_metrics(metrics: dict) -> None:
     print(f"Text to image: {numbers(metrics['t2i'], ' ')}")
 
 
-def find_data(data_path: str, data_name: str) -> str:
-    """The folder of a dataset: below `data_path` from here, or from the project's folder.
+def find_data(data_path: str, data_name: str, system: str = "scan") -> str:
+    """The folder of a dataset: `data_path`/`data_name` from here, or from the project's folder.
 
-    `data_path`/`data_name`; or, as published for CHAN, `data_path`/precomp or `data_path`_precomp.
+    CHAN's, as published: `data_path` is itself the dataset's folder, of the name `data_name`, and
+    holds precomp/, or there is a folder `data_path`_precomp beside it. And as SCAN's data is laid
+    out, `data_path`/`data_name`_precomp.
     """
     here = os.path.dirname(os.path.abspath(__file__))
-    for root in ("", here):
-        path = os.path.join(root, data_path)
-        bare = path.rstrip(os.sep)
-        for place in (
-            os.path.join(path, data_name),
-            os.path.join(path, "precomp"),
-            f"{bare}_precomp",
-        ):
-            if os.path.isdir(place):
-                return place
-    raise FileNotFoundError(
-        f"{os.path.join(data_path, data_name)}: no such data folder; give --data_path its parent"
-    )
+    names = [data_name, f"{data_name}_precomp"] if system == "chan" else [data_name]
+    tried = [os.path.join(root, data_path, name) for root in ("", here) for name in names]
+    bare = os.path.normpath(data_path)
+    if system == "chan" and os.path.basename(bare) == data_name:
+        tried += [os.path.join(bare, "precomp"), f"{bare}_precomp"]
+    for place in tried:
+        if os.path.isdir(place):
+            return place
+    raise FileNotFoundError(f"{tried[0]}: no such data folder; give --data_path its parent")
 
 
 def model_scores(
@@ -329,7 +327,7 @@ def model_scores(
     ckpt.load_weights(model, checkpoint, model_path)
     model.to(device)
     print("Loading dataset")
-    folder = find_data(data_path or opt.data_path, opt.data_name)
+    folder = find_data(data_path or opt.data_path, opt.data_name, opt.model)
     if published:
         published = published | {"published_boxes": opt.batch_size}
     dataset = open_split(folder, split, vocab, opt, **published)
@@ -414,16 +412,22 @@ def evalrank(
     return rank_and_print(scores, fold5, scores.shape[0] > scores.shape[1])
 
 
-def eval_ensemble(paths: Sequence[str], fold5: bool = False, candidates: bool = False) -> dict:
+def eval_ensemble(
+    paths: str | Sequence[str], fold5: bool = False, candidates: bool = False
+) -> dict:
     """Rank by the mean of saved score matrices (images, captions), and print the published lines.
 
     Files as `save_path` of evalrank writes them, or as the published programs dumped them; see
     retrieval_metrics for `candidates`. Returns what evalrank does. Raises FileNotFoundError or
     ValueError naming the file that does not fit.
     """
+    paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     scores = None
     for path in map(os.fspath, paths):
         part = load_objects(path)
+        if part.dtype == object and part.shape == ():  # CHAN's: {'npts': images, 'sims': scores}
+            whole = part.item()
+            part = np.asarray(whole.get("sims") if isinstance(whole, dict) else None)
         if part.ndim != 2 or part.dtype.kind != "f" or 0 in part.shape:
             raise InputError(
                 f"{path}: {part.dtype} of shape {part.shape}, expected scores (images, captions)"
@@ -500,7 +504,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     opt = vars(parser.parse_args(argv))
     paper = opt.pop("paper")
-    if all(path.endswith(".npy") for path in opt["checkpoint"]):
+    matrices = [path.endswith(".npy") for path in opt["checkpoint"]]
+    if any(matrices):
+        given = {n for n, x in opt.items() if x != parser.get_default(n)} - {"checkpoint", "fold5"}
+        if not all(matrices) or given:
+            parser.error(
+                "score matrices (.npy) go with each other and with --fold5 and --paper only"
+            )
         metrics = eval_ensemble(opt["checkpoint"], opt["fold5"])
         if paper:
             print_beside_paper(metrics, paper)

@@ -30,6 +30,7 @@ def number(kind: type, low: float, strict: bool = False) -> Callable[[str], floa
 # Options that not all systems have.
 OWN = {
     ("scan", "pfan", "pfan_whole"): ("cross_attn", "raw_feature_norm", "agg_func", "lambda_lse"),
+    ("scan", "gsmn", "pfan", "pfan_whole"): ("lambda_softmax",),
     ("gsmn",): ("is_sparse", "num_block", "feat_dim", "hid_dim", "out_dim", "neighbours"),
     ("pfan", "pfan_whole"): ("split_size", "n_blocks", "position_embed_size"),
     ("pfan",): ("position",),

@@ -140,7 +140,7 @@ def fit(opt: argparse.Namespace, device: torch.device) -> None:
     resumed = ckpt.load(opt.resume) if opt.resume else None
     vocab = read_vocab(opt, resumed)
     opt.vocab_size = len(vocab)
-    folder = find_data(opt.data_path, opt.data_name)
+    folder = find_data(opt.data_path, opt.data_name, opt.model)
     train_set = open_split(folder, "train", vocab, opt)
     if opt.drop:
         train_set.drop = Drop(opt.obj_drop_rate, opt.seed, vocab)

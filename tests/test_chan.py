@@ -213,6 +213,38 @@ def test_published_layout_and_vocabulary(tiny, monkeypatch):
     assert ckpt.vocab_file(opt, "vocab") == "vocab/coco_precomp_vocab.json"
 
 
+def test_data_of_another_name_is_not_taken(tiny):
+    shutil.copytree("data/tiny_precomp", "data/f30k/precomp")
+    for name, system in (("coco", "chan"), ("f30k", "scan"), ("typo_precomp", "gsmn")):
+        with pytest.raises(FileNotFoundError, match="no such data folder"):
+            evaluation.find_data("data/f30k", name, system)
+    assert evaluation.find_data("data/f30k/", "f30k", "chan") == "data/f30k/precomp"
+    assert evaluation.find_data("data", "tiny", "chan") == "data/tiny_precomp"  # SCAN's layout
+
+
+def test_a_published_checkpoint_may_hold_its_vocabulary(tiny):
+    train.main(train_args(model="chan", num_epochs=1))
+    state = torch.load("run/checkpoint_0.pth.tar", weights_only=False)
+    words = ckpt.find_vocab(ckpt.load("run/checkpoint_0.pth.tar"), "x")
+    state["opt"].word2idx = dict(words.word2idx)
+    del state["vocab"], state["run"]
+    torch.save(state, "model_best.pth")
+    shutil.rmtree("vocab")
+    again = ckpt.find_vocab(ckpt.load("model_best.pth"), "model_best.pth")
+    assert again.word2idx == words.word2idx and len(again) == len(words)
+    assert evaluation.evalrank("model_best.pth", split="test")["rsum"] > 0
+
+
+@pytest.mark.parametrize("coding", CODING)
+@pytest.mark.parametrize("pooling", POOLING)
+def test_nan_is_not_swallowed(coding, pooling):
+    net, batch = make(coding_type=coding, pooling_type=pooling)
+    with torch.no_grad():
+        images, captions = net(batch)
+        images["regions"][0, 0, 0] = torch.nan  # of an image that has it
+        assert net.similarity(images, captions)[0].isnan().all()
+
+
 def test_the_vocabulary_has_a_mask(tiny):
     opt = options.parse(["--model", "chan"])
     words = deserialize_vocab("vocab/tiny_precomp_vocab.json")
@@ -322,6 +354,9 @@ def test_a_rate_beyond_one_is_refused(capsys):
     with pytest.raises(SystemExit):
         options.parse(["--model", "scan", "--drop"])
     assert "--drop is for --model chan, not scan" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        options.parse(["--model", "chan", "--lambda_softmax", "3"])
+    assert "--lambda_softmax is for --model scan | gsmn" in capsys.readouterr().err
 
 
 def test_one_pair_alone_and_zero_regions():

@@ -333,14 +333,22 @@ def test_an_ensemble_of_saved_matrices(tmp_path, monkeypatch, capsys):
     evaluation.main(["a.npy", "b.npy", "--paper", *"123456"])
     out = capsys.readouterr().out
     assert f"rsum: {retrieval_metrics(mean)['rsum']:.1f}" in out and "paper" in out
+    np.save("p.npy", {"npts": 10, "sims": a})  # as CHAN's published program writes it
+    assert evaluation.eval_ensemble("p.npy") == evaluation.eval_ensemble(["a.npy"])
+    for flags in (["a.npy", "x.pth.tar"], ["a.npy", "--save_path", "o.npy"]):
+        with pytest.raises(SystemExit):
+            evaluation.main(flags)
+        assert "go with each other" in capsys.readouterr().err
     np.save("c.npy", a[:5])
     np.save("d.npy", a.astype(np.int64))
     np.save("e.npy", a[0])
+    np.save("n.npy", {"npts": 10})
     np.save("t.npy", a.T)  # the wrong way round, unless it is said to be right
     assert evaluation.eval_ensemble(["t.npy"], candidates=True)["rsum"] > 0
     for paths, message in (
         (["a.npy", "c.npy"], r"c.npy: scores \(5, 50\) images x captions, the files before"),
         (["d.npy"], "d.npy: int64 of shape"),
+        (["n.npy"], "n.npy: object of shape .., expected scores"),
         (["e.npy"], "expected scores .images, captions."),
         (["t.npy"], "expected .images, captions. with the same number"),
         ([], "no score matrix"),

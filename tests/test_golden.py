@@ -66,7 +66,7 @@ def test_embeddings(case):
     words = ckpt.find_vocab(state, "init.pth.tar")
     net = ckpt.build_model(state["opt"], len(words))
     ckpt.load_weights(net, state, "init.pth.tar")
-    folder = evaluation.find_data(state["opt"].data_path, state["opt"].data_name)
+    folder = evaluation.find_data(state["opt"].data_path, state["opt"].data_name, info["system"])
     data = open_split(folder, "test", words, state["opt"])
     images, captions = evaluation.encode_data(net, data)
     close(images["regions"][0].numpy(), want["image_embedding_0"], 1e-6)

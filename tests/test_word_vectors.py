@@ -39,7 +39,7 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("head", ["", "8 3\n"])
+@pytest.mark.parametrize("head", ["", "8 3\n", "\ufeff8 3\n", "\ufeff"])
 def test_both_formats(tmp_path, words, head):
     ids, vectors = read_vectors(write(tmp_path / "v.txt", ROWS, head), words, 3)
     got = {words.idx2word[i]: v for i, v in zip(ids, vectors.tolist(), strict=True)}
@@ -61,6 +61,7 @@ def test_an_exact_spelling_goes_first(tmp_path, words):
         ("dog 1 2\n", "line 1 has 2 numbers after its word, expected 3, as --word_dim says"),
         ("dog 1 2 3 4\n", "line 1 has 4 numbers"),
         ("5 300\n", "line 1 has 300 numbers"),
+        ("5 2000000000\n", "line 1 has 2000000000 numbers"),
         ("the 1 2 3\ndog 1\n", "line 2 has 1 numbers"),
         ("the 1 2 3\ndog 1 x 3\n", "line 2: expected 3 numbers after a word"),
         ("dog 1 nan 3\n", "line 1 holds NaN or Inf"),

@@ -35,16 +35,18 @@ def read_vectors(path: str, vocab: Vocabulary, dim: int) -> tuple[list[int], Ten
     found: dict[str, np.ndarray] = {}
     with open(path, "rb") as lines:
         for row, line in enumerate(progress(lines, "word vectors"), 1):
-            fields = line.rstrip().split(b" ")
-            if row == 1 and len(fields) == 2:  # fastText's head
-                fields = [b"", *[b"0"] * int(fields[1])] if fields[1].isdigit() else fields
+            fields = line.removeprefix(b"\xef\xbb\xbf" if row == 1 else b"").rstrip().split(b" ")
+            head = row == 1 and len(fields) == 2 and fields[1].isdigit()  # fastText's
+            numbers = int(fields[1]) if head else len(fields) - 1
             # A token may hold spaces, as some of glove.840B do.
-            word = b" ".join(fields[:-dim]).decode("utf-8", errors="replace")
-            if len(fields) <= dim or (row == 1 and len(fields) != dim + 1):
+            if numbers < dim or (row == 1 and numbers > dim):
                 raise InputError(
-                    f"{path}: line {row} has {len(fields) - 1} numbers after its word, expected "
-                    f"{dim}, as --word_dim says"
+                    f"{path}: line {row} has {numbers} numbers after its word, expected {dim}, as "
+                    "--word_dim says"
                 )
+            if head:
+                continue
+            word = b" ".join(fields[:-dim]).decode("utf-8", errors="replace")
             if word not in wanted or word in found:
                 continue
             try:
