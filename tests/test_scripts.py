@@ -82,7 +82,18 @@ def test_gsmn_rows(home, row):
     assert f"lambda_softmax={20.0 if 'f30k' in row else 10.0}" in done.stdout
 
 
-@pytest.mark.parametrize("row", PFAN)
+def test_flags_of_the_pfan_rows():
+    """Of all rows; some of them run below."""
+    for row in PFAN:
+        text = (ROOT / "scripts" / f"{row}.sh").read_text()
+        assert f"name={row}\n" in text and f"--cross_attn {row[-3:]} " in text
+        assert f"--lambda_softmax {4 if 'i2t' in row else 9} " in text and "--agg_func Mean" in text
+        assert ("--position only" in text) == ("only" in row)
+        assert ("--model pfan_whole " in text) == ("tencent" in row) == ("sent=sent_" in text)
+        assert f"--learning_rate 0.000{5 if 'coco' in row else 2}" in text
+
+
+@pytest.mark.parametrize("row", ["pfan_f30k_only_i2t", "pfan_coco_i2t", "pfan_tencent_t2i"])
 def test_pfan_rows(home, row):
     done = bash(home, row, "data", *TINY)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -116,7 +127,7 @@ def test_the_chan_row(home):
     assert done.returncode == 1 and "expected glove or fasttext, and the file" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["f30k", "f30k_only", "coco"])
+@pytest.mark.parametrize("name", ["f30k", "coco"])
 def test_pfan_ensembles(home, name):
     for way in ("t2i", "i2t"):
         if not (home / "runs" / f"pfan_{name}_{way}").exists():
