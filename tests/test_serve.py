@@ -505,7 +505,7 @@ def test_the_worker_outlives_a_failure(tiny_positions, monkeypatch):
         work.cancel()
         return answer
 
-    assert len(asyncio.run(go())["sim_t2i"]) == 15
+    assert len(asyncio.run(asyncio.wait_for(go(), 20))["sim_t2i"]) == 15  # and does not hang
 
 
 def test_many_clients_and_sigterm_with_requests_in_flight(server):
