@@ -1,7 +1,8 @@
 # Sourced by the scripts of single rows: trains one model and prints the paper's recalls beside ours.
 # The row sets: name, title, data_name, flags (bash array), paper (six recalls, or nothing),
-# sent=sent_ if its captions may be in {split}_sent_caps.txt, and dependencies=yes or positions=yes where it needs them: util/dependency_parser.py and
-# util/positions.py make those that are missing. Use:
+# sent=sent_ if its captions may be in {split}_sent_caps.txt, and dependencies=yes or positions=yes
+# where it needs them: util/dependency_parser.py and util/positions.py make those that are missing.
+# Use:
 #   bash scripts/ROW.sh DATA_PATH [more flags of train.py]
 # Checkpoints and logs go to runs/$name (or $RUNS/$name) and the vocabulary is read from, or built in,
 # vocab (or $VOCAB_PATH), all seen from where the script is called.
