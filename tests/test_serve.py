@@ -559,6 +559,7 @@ def test_what_cannot_be_served_is_one_line(tiny_positions, monkeypatch, capsys):
             [sys.executable, ROOT / "serve.py", *args],
             capture_output=True,
             text=True,
+            timeout=60,  # it may serve, where it should have refused
             env=os.environ | env,
         )
         return done.returncode, done.stderr
