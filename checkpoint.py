@@ -286,6 +286,20 @@ def find_vocab(
     return own or vocab
 
 
+def load_model(
+    path: str, vocab_path: str | os.PathLike | None = None, device: str | torch.device = "cpu"
+) -> tuple[nn.Module, Vocabulary, argparse.Namespace]:
+    """A checkpoint's model with its weights, on the device; its vocabulary; its options.
+
+    Raises FileNotFoundError or InputError; see load and find_vocab.
+    """
+    checkpoint = load(path)
+    vocab = find_vocab(checkpoint, path, vocab_path)
+    model = build_model(checkpoint["opt"], len(vocab))
+    load_weights(model, checkpoint, path)
+    return model.to(device), vocab, checkpoint["opt"]
+
+
 def save(state: dict, directory: str, name: str, is_best: bool = False) -> None:
     """Write `directory/name`, and `model_best.pth.tar` if it is the best: beside, then renamed.
 

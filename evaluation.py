@@ -320,12 +320,7 @@ def model_scores(
     published: dict,
 ) -> np.ndarray:
     """Score matrix (N, M) of one checkpoint on one split; see evalrank."""
-    checkpoint = ckpt.load(model_path)
-    opt = checkpoint["opt"]
-    vocab = ckpt.find_vocab(checkpoint, model_path, vocab_path)
-    model = ckpt.build_model(opt, len(vocab))
-    ckpt.load_weights(model, checkpoint, model_path)
-    model.to(device)
+    model, vocab, opt = ckpt.load_model(model_path, vocab_path, device)
     print("Loading dataset")
     folder = find_data(data_path or opt.data_path, opt.data_name, opt.model)
     if published:

@@ -136,12 +136,9 @@ class Scorer:
     """A model, and how requests become its batches."""
 
     def __init__(self, path: str, vocab_path: str | None, device: torch.device, limits: Limits):
-        checkpoint = ckpt.load(path)
-        self.opt, self.device, self.limits = checkpoint["opt"], device, limits
-        self.vocab = ckpt.find_vocab(checkpoint, path, vocab_path)
-        self.model = ckpt.build_model(self.opt, len(self.vocab))
-        ckpt.load_weights(self.model, checkpoint, path)
-        self.model.to(device).eval()
+        self.device, self.limits = device, limits
+        self.model, self.vocab, self.opt = ckpt.load_model(path, vocab_path, device)
+        self.model.eval()
         self.vocab.encode("a word")  # what a tokenizer lacks is to be said now, not to a client
 
     def read(self, raw: bytes | bytearray) -> Query:
