@@ -39,6 +39,7 @@ from evaluation import (
 from model import ContrastiveLoss
 from util import distributed
 from util.cli import InputError, progress, run, say
+from util.memory import peak_mib
 from util.word_vectors import read_vectors
 from vocab import Vocabulary, deserialize_vocab
 
@@ -224,6 +225,7 @@ def fit(opt: argparse.Namespace, device: torch.device) -> None:
                     "lr": optimizer.param_groups[0]["lr"],
                     "Le": at["loss_sum"] / max(at["loss_count"], 1),
                     "seconds": round(time.time() - start, 1),
+                    "peak_mib": round(peak_mib(device)),
                     **metrics,
                     "best_rsum": at["best_rsum"],
                 }

@@ -20,7 +20,6 @@ import io
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -45,6 +44,7 @@ from gsmn import GSMN
 from model import SCAN, ContrastiveLoss, l2norm, xattn_score
 from tests.reference import caption_loop, chan_plain, gsmn_caption_loop
 from util.cli import InputError, progress, run
+from util.memory import peak_mib
 from vocab import SPECIAL, Vocabulary
 
 PAPER = {"img_dim": 2048, "embed_size": 1024, "word_dim": 300, "batch": 128, "images": 1000}
@@ -197,12 +197,8 @@ def write_split(folder: Path, n: int, img_dim: int) -> Vocabulary:
 @torch.no_grad()
 def published_evalrank(path: str, data_path: str, batch_size: int, device: torch.device) -> dict:
     """The published procedure: images encoded once a caption, blocks of 128, caption by caption."""
-    checkpoint = ckpt.load(path)
-    opt = checkpoint["opt"]
-    vocab = ckpt.find_vocab(checkpoint, path)
-    model = ckpt.build_model(opt, len(vocab))
-    ckpt.load_weights(model, checkpoint, path)
-    model.to(device).eval()
+    model, vocab, opt = ckpt.load_model(path, device=device)
+    model.eval()
     dataset = PrecompDataset(os.path.join(data_path, opt.data_name), "test", vocab, opt.img_dim)
     regions, words, lengths = [], [], []
     longest = int(dataset.lengths.max())
@@ -276,14 +272,7 @@ def print_peak(name: str, size: dict, way: str, device: torch.device) -> None:
         job = getattr(Work(size, way, device), name)
     for _ in range(1 if name.startswith("growth") else 3):
         job()
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    elif os.path.exists("/proc/self/status"):  # ru_maxrss would start at the parent's memory
-        status = Path("/proc/self/status").read_text()
-        peak = int(status.partition("VmHWM:")[2].split()[0]) / 2**10
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
-    print(peak)
+    print(peak_mib(device))
 
 
 def growth_job(n: int, size: dict, direction: str, device: torch.device) -> Callable[[], Tensor]:
