@@ -1,0 +1,259 @@
+"""Train several systems under one protocol, test them, and write one table.
+
+    python scripts/compare.py --data_path data --data_name f30k_precomp --num_epochs 9 --seeds 0 1
+    python scripts/compare.py --data_path data --data_name f30k_precomp --minutes 20
+    python scripts/compare.py ... --systems scan chan -- --batch_size 64      # flags of train.py
+
+All have the flags of PROTOCOL, and each those of its paper that make it what it is. `--minutes`
+gives each the same wall time, validation included: its second epoch says how many whole epochs fit
+(two at least). The rate falls ten times after 70 % of the epochs. The best epoch on dev is tested.
+Writes table.md (means over the seeds) and table.csv (a row a run) to --out; a run that is done
+stays done, so the same command goes on where it was stopped. Without a test split, dev becomes it,
+and the last tenth of the training images (200 at most) dev.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import checkpoint as ckpt
+import evaluation
+import vocab
+from options import COUNT, FROM_0, POSITIVE
+from scripts.benchmark import machine
+from util import positions
+from util.arrays import open_array, read_sizes
+from util.cli import InputError, run
+from vocab import read_captions
+
+PROTOCOL = (
+    "--batch_size 128 --learning_rate 5e-4 --bi_gru --max_violation --vse_mean_warmup_epochs 1 "
+    "--val_step 0 --log_step 50 --workers 1"
+)
+# What is each paper's own, for its Flickr30K row.
+SYSTEMS = {
+    "scan": ("SCAN t-i AVG", "--model scan --agg_func Mean --lambda_softmax 9"),
+    "gsmn": ("GSMN dense", "--model gsmn --lambda_softmax 20"),
+    "pfan": ("PFAN-A t-i AVG", "--model pfan --agg_func Mean --lambda_softmax 9"),
+    "chan": ("CHAN VHA LSE", "--model chan --precomp_enc_type selfattention --margin 0.05"),
+}
+WAYS = [(way, f"r{k}") for way in ("i2t", "t2i") for k in (1, 5, 10)]
+RECALLS = [f"{way}_{name}" for way, name in WAYS]
+HELD_OUT = 200
+
+
+def hold_out(source: Path, folder: Path) -> None:
+    """A data set whose dev is cut off the training images, and whose test is the source's dev."""
+    rows = len(open_array(str(source / "train_ims.npy"), 3))
+    n = min(HELD_OUT, rows // 10)
+    if not n:
+        raise InputError(f"{source}: {rows} training images, too few to cut dev off")
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [("train", "train", slice(0, rows - n)), ("dev", "train", slice(rows - n, rows))]
+    for split, old, some in (*parts, ("test", "dev", slice(None))):
+        for name in ("ims", "ims_bbx"):
+            path = source / f"{old}_{name}.npy"
+            if path.is_file():
+                np.save(folder / f"{split}_{name}.npy", open_array(str(path), 3)[some])
+        path = source / f"{old}_ims_size.npy"
+        images = len(open_array(str(source / f"{old}_ims.npy"), 3))
+        if path.is_file():
+            sizes = read_sizes(str(path), images)[some]
+            kind = [("image_w", "<f4"), ("image_h", "<f4")]
+            np.save(folder / f"{split}_ims_size.npy", np.array([tuple(x) for x in sizes], kind))
+        captions = read_captions(source / f"{old}_caps.txt")
+        k = len(captions) // images
+        kept = captions[slice(*(x * k for x in some.indices(images)[:2]))]
+        (folder / f"{split}_caps.txt").write_text("".join(f"{x}\n" for x in kept), "utf-8")
+
+
+def prepare(opt: argparse.Namespace) -> list[str]:
+    """Make what is missing of the data: splits, blocks, vocabulary. Returns train.py's flags."""
+    folder = Path(evaluation.find_data(opt.data_path, opt.data_name))
+    if opt.split == "test" and not (folder / "test_ims.npy").is_file():
+        cut = Path(opt.out) / "data" / opt.data_name
+        print(f"notice: {folder}: no test split: dev is tested on, dev is cut off train, in {cut}")
+        if not (cut / "test_caps.txt").is_file():  # written last
+            hold_out(folder, cut)
+        folder = cut
+    for split in ("train", "dev", opt.split):
+        stem = str(folder / split)
+        if {"gsmn", "pfan"} & set(opt.systems) and not os.path.isfile(f"{stem}_ims_bbx.npy"):
+            raise InputError(
+                f"{stem}_ims_bbx.npy: no boxes, which gsmn and pfan need; give --systems the others"
+            )
+        if "pfan" in opt.systems and not os.path.isfile(f"{stem}_boxes.npy"):
+            positions.convert(stem)
+    data = ["--data_path", str(folder.parent), "--data_name", opt.data_name]
+    words = Path(opt.vocab_path) / f"{opt.data_name}_vocab.json"
+    if not words.is_file():
+        vocab.main([*data, "--out", str(words)])
+    numbers = open_array(str(folder / "train_ims.npy"), 3).shape[2]
+    return [*data, "--vocab_path", opt.vocab_path, "--img_dim", str(numbers)]
+
+
+def train(folder: Path, flags: list[str]) -> list[dict]:
+    """Run train.py into a folder, its output in train.log; the log, a dict an epoch."""
+    command = [sys.executable, str(ROOT / "train.py"), *flags]
+    command += ["--model_name", str(folder), "--logger_name", str(folder)]
+    with open(folder / "train.log", "a") as out:
+        out.write(shlex.join(command) + "\n")
+        out.flush()
+        done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT)
+    if done.returncode:
+        last = (folder / "train.log").read_text().strip().splitlines()[-1]
+        raise InputError(f"{folder}/train.log: training ended with {done.returncode}: {last}")
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def fit(folder: Path, flags: list[str], opt: argparse.Namespace) -> list[dict]:
+    """Train for --num_epochs, or as many whole ones as fit into --minutes."""
+
+    def schedule(epochs: int) -> list[str]:
+        return ["--num_epochs", str(epochs), "--lr_update", str(math.ceil(0.7 * epochs))]
+
+    if opt.num_epochs:
+        return train(folder, flags + schedule(opt.num_epochs))
+    # The first, of the summed hinge, is slower. No rate falls in these two.
+    log = train(folder, [*flags, "--num_epochs", "2", "--lr_update", "2"])
+    first, second = (epoch["seconds"] for epoch in log)
+    epochs = 2 + max(0, int((60 * opt.minutes - first - second) / max(second, 1e-3)))
+    if epochs == 2:
+        return log
+    resume = ["--resume", str(folder / "checkpoint_1.pth.tar")]
+    return train(folder, flags + schedule(epochs) + resume)
+
+
+def one_run(system: str, seed: int, data: list[str], opt: argparse.Namespace) -> dict:
+    """Train and test one system with one seed; what is known of it, by name."""
+    folder = Path(opt.out) / f"{system}_seed{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = [*PROTOCOL.split(), *SYSTEMS[system][1].split(), *opt.flags]
+    flags = [*data, "--device", opt.device, "--seed", str(seed), *flags]
+    asked = {"flags": flags, "minutes": opt.minutes, "num_epochs": opt.num_epochs}
+    asked["split"] = opt.split
+    done = folder / "result.json"
+    if done.is_file():
+        result = json.loads(done.read_text())
+        if result["asked"] == asked:
+            print(f"{folder}: done before")
+            return result
+        done.unlink()
+    print(f"{SYSTEMS[system][0]}, seed {seed}: {shlex.join(flags)}", flush=True)
+    log = fit(folder, flags, opt)
+    best = str(folder / "model_best.pth.tar")
+    model, _, _ = ckpt.load_model(best)
+    weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    del model
+    start = time.perf_counter()
+    metrics = evaluation.evalrank(best, split=opt.split, device=opt.device)
+    seconds = time.perf_counter() - start
+    result = {"system": system, "seed": seed, "epochs": len(log)}
+    result["best_epoch"] = max(log, key=lambda epoch: epoch["rsum"])["epoch"] + 1
+    result |= {f"{way}_{name}": metrics[way][name] for way, name in WAYS}
+    result |= {"rsum": metrics["rsum"], "parameters": weights}
+    result |= {"train_minutes": sum(epoch["seconds"] for epoch in log) / 60}
+    result |= {"test_seconds": seconds, "peak_mib": max(epoch["peak_mib"] for epoch in log)}
+    part = folder / "result.json.part"
+    part.write_text(json.dumps(result | {"asked": asked}))
+    os.replace(part, done)
+    return result | {"asked": asked}
+
+
+def table(results: list[dict], opt: argparse.Namespace) -> str:
+    """Markdown: a row a system, means over its seeds."""
+    where = machine()
+    device = where["gpu"] if opt.device != "cpu" and where["gpu"] else where["cpu"]
+    time_given = f"{opt.minutes:g} minutes" if opt.minutes else f"{opt.num_epochs} epochs"
+    lines = [
+        f"{opt.data_name}, {opt.split} split; {time_given} each; seeds "
+        f"{', '.join(map(str, opt.seeds))}; {device}, {where['threads']} threads, torch "
+        f"{where['torch']}.",
+        "",
+        f"All: `{shlex.join([*PROTOCOL.split(), *opt.flags])}`",
+        "",
+        "| | image to text R@1 / 5 / 10 | text to image R@1 / 5 / 10 | summed recalls | epochs "
+        "(best) | parameters | training | test | memory |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for system in opt.systems:
+        runs = [result for result in results if result["system"] == system]
+
+        def mean(name: str, form: str = ".1f", runs: list[dict] = runs) -> str:
+            return format(statistics.mean(result[name] for result in runs), form)
+
+        total = mean("rsum")
+        if len(runs) > 1:
+            total += f" (sd {statistics.stdev(result['rsum'] for result in runs):.1f})"
+        epochs = ", ".join(f"{result['epochs']} ({result['best_epoch']})" for result in runs)
+        recalls = [" / ".join(mean(name) for name in part) for part in (RECALLS[:3], RECALLS[3:])]
+        cells = [SYSTEMS[system][0], *recalls, total, epochs]
+        cells.append(f"{runs[0]['parameters'] / 1e6:.1f} M")
+        cells += [f"{mean('train_minutes')} min", f"{mean('test_seconds', '.0f')} s"]
+        cells.append(f"{mean('peak_mib', '.0f')} MiB")
+        lines.append(f"| {' | '.join(cells)} |")
+    own = [f"{SYSTEMS[s][0]}: `{SYSTEMS[s][1]}`" for s in opt.systems]
+    return "\n".join([*lines, "", *(f"- {line}" for line in own), ""])
+
+
+def write(results: list[dict], opt: argparse.Namespace) -> None:
+    """table.md and table.csv of the runs that are done."""
+    done = argparse.Namespace(**vars(opt))
+    done.systems = [s for s in opt.systems if any(result["system"] == s for result in results)]
+    (Path(opt.out) / "table.md").write_text(table(results, done))
+    with open(Path(opt.out) / "table.csv", "w", newline="") as file:
+        names = [name for name in results[0] if name != "asked"]
+        writer = csv.DictWriter(file, [*names, "flags"], extrasaction="ignore")
+        writer.writeheader()
+        for result in results:
+            writer.writerow(result | {"flags": shlex.join(result["asked"]["flags"])})
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        allow_abbrev=False,
+        usage="%(prog)s [-h] --data_path DATA_PATH --data_name DATA_NAME [--minutes M | "
+        "--num_epochs N] [...] [-- flags of train.py for all]",
+    )
+    parser.add_argument("--data_path", required=True, help="folder that holds DATA_NAME/")
+    parser.add_argument("--data_name", required=True, help="e.g. f30k_precomp")
+    parser.add_argument("--vocab_path", default="vocab", help="read from, or made there")
+    parser.add_argument("--out", default="runs/compare", help="runs and tables go here")
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--minutes", type=POSITIVE, help="wall time of each training")
+    length.add_argument("--num_epochs", type=COUNT, help="epochs of each training")
+    parser.add_argument("--seeds", type=FROM_0, nargs="+", default=[0], help="a run each")
+    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
+    parser.add_argument("--split", default="test", help="the split to test on")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    at = argv.index("--") if "--" in argv else len(argv)
+    opt = parser.parse_args(argv[:at])
+    opt.flags = argv[at + 1 :]
+    evaluation.pick_device(opt.device)
+    os.makedirs(opt.out, exist_ok=True)
+    data = prepare(opt)
+    results = []
+    for seed in opt.seeds:
+        for system in opt.systems:
+            results.append(one_run(system, seed, data, opt))
+            write(results, opt)
+    print((Path(opt.out) / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,112 @@
+"""scripts/compare.py: all systems under one protocol, on tiny data."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from scripts import compare
+from tests.conftest import read_log
+from util.cli import InputError
+
+TINY = "-- --embed_size 16 --word_dim 6 --batch_size 50 --workers 0"
+ARGS = "--data_path data --data_name tiny_precomp --out out".split()
+
+
+def read_table(path="out/table.csv"):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_all_systems_two_seeds(tiny_graphs, capsys, monkeypatch):
+    args = [*ARGS, "--num_epochs", "2", "--seeds", "0", "1", *TINY.split()]
+    compare.main(args)
+    rows = read_table()
+    pairs = [(row["system"], row["seed"]) for row in rows]
+    assert pairs == [(s, n) for n in "01" for s in compare.SYSTEMS]
+    for row in rows:
+        assert row["epochs"] == "2" and float(row["peak_mib"]) > 100
+        log = read_log(f"out/{row['system']}_seed{row['seed']}")
+        best = max(log, key=lambda epoch: epoch["rsum"])
+        assert int(row["best_epoch"]) == best["epoch"] + 1
+        assert float(row["rsum"]) == pytest.approx(sum(float(row[n]) for n in compare.RECALLS))
+        minutes = sum(epoch["seconds"] for epoch in log) / 60
+        assert float(row["train_minutes"]) == pytest.approx(minutes)
+        assert f"--model {row['system']}" in row["flags"] and "--img_dim 12" in row["flags"]
+    text = (tiny_graphs / "out/table.md").read_text()
+    assert text in capsys.readouterr().out
+    line = next(line for line in text.splitlines() if line.startswith("| SCAN"))
+    both = [float(row["rsum"]) for row in rows if row["system"] == "scan"]
+    assert f"{np.mean(both):.1f} (sd {np.std(both, ddof=1):.1f})" in line
+
+    def never(*_):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(compare, "train", never)
+    compare.main(args)  # all is done
+    with pytest.raises(AssertionError, match="trained again"):
+        compare.main([*args, "--margin", "0.1"])  # not with these flags
+
+
+def test_minutes_choose_the_epochs(tmp_path, monkeypatch):
+    """Of epochs of 10 and 4 seconds 1 minute holds 2 + 11."""
+    calls = []
+
+    def train(folder, flags):
+        calls.append(flags)
+        return [{"seconds": s} for s in [10, 4] + [4] * 11][: 2 if len(calls) == 1 else None]
+
+    monkeypatch.setattr(compare, "train", train)
+    opt = compare.argparse.Namespace(num_epochs=None, minutes=1)
+    assert len(compare.fit(tmp_path, ["--x"], opt)) == 13
+    first, second = calls
+    assert first == ["--x", "--num_epochs", "2", "--lr_update", "2"]
+    resume = ["--resume", str(tmp_path / "checkpoint_1.pth.tar")]
+    assert second == ["--x", "--num_epochs", "13", "--lr_update", "10", *resume]
+    calls.clear()
+    opt.minutes = 0.2
+    assert len(compare.fit(tmp_path, [], opt)) == 2 and len(calls) == 1
+
+
+def test_dev_is_cut_off_train_where_there_is_no_test(tiny_graphs, capsys):
+    data = tiny_graphs / "data/tiny_precomp"
+    for path in data.glob("test_*"):
+        path.unlink()
+    old = {name: np.load(data / f"{name}.npy") for name in ("train_ims", "dev_ims", "dev_ims_bbx")}
+    lines = (data / "train_caps.txt").read_text().splitlines()
+    compare.main([*ARGS, "--num_epochs", "1", "--systems", "pfan", *TINY.split()])
+    assert "no test split" in capsys.readouterr().out
+    cut = tiny_graphs / "out/data/tiny_precomp"
+    got = np.concatenate([np.load(cut / "train_ims.npy"), np.load(cut / "dev_ims.npy")])
+    assert len(np.load(cut / "dev_ims.npy")) == 2 and np.array_equal(got, old["train_ims"])
+    assert np.array_equal(np.load(cut / "test_ims.npy"), old["dev_ims"])
+    assert np.array_equal(np.load(cut / "test_ims_bbx.npy"), old["dev_ims_bbx"])
+    assert (cut / "dev_caps.txt").read_text().splitlines() == lines[-10:]
+    assert (cut / "train_caps.txt").read_text().splitlines() == lines[:-10]
+    assert [row["system"] for row in read_table()] == ["pfan"]
+
+
+def test_what_is_wrong_is_said(tiny, capsys):
+    with pytest.raises(InputError, match="train_ims_bbx.npy: no boxes, which gsmn and pfan need"):
+        compare.main([*ARGS, "--num_epochs", "1"])
+    args = [*ARGS, "--num_epochs", "1", "--systems", "chan", *TINY.split(), "--embed_size", "12"]
+    with pytest.raises(InputError, match="train.log: training ended with 1: error: .*12.*8 heads"):
+        compare.main(args)
+    assert not (tiny / "out/chan_seed0/result.json").exists()
+    with pytest.raises(SystemExit):
+        compare.main(ARGS)
+    assert "--minutes --num_epochs is required" in capsys.readouterr().err
+
+
+def test_a_result_is_not_read_for_another_split(tiny, monkeypatch):
+    args = [*ARGS, "--num_epochs", "1", "--systems", "scan", "--split"]
+    compare.main([*args, "dev", *TINY.split()])
+    asked = json.loads((tiny / "out/scan_seed0/result.json").read_text())["asked"]
+    assert asked["split"] == "dev"
+    shutil.copy("out/scan_seed0/result.json", "dev.json")
+    compare.main([*args, "test", *TINY.split()])
+    again = json.loads((tiny / "out/scan_seed0/result.json").read_text())
+    assert again["asked"]["split"] == "test"
+    assert (tiny / "out/scan_seed0/earlier_1").is_dir()  # trained again, nothing lost
