@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model import EPS, Encoders, EncoderText, choose, l2norm
+from model import EPS, Encoders, EncoderText, choose, l2norm, without_dropped
 from pairs import blocks, pair_scores
 
 HEADS = 8
@@ -264,17 +264,13 @@ class CHAN(Encoders):
     def encode_images(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch['images'] (I, R, img_dim) -> {'regions': (I, R, D)}.
 
-        With batch['region_lengths'] (I,) an image has that many regions, the rest are zeros; then
-        also 'inside' (I, R). The rest are never scored, but the others attend to them, as
-        published, unless `mask_dropped`.
+        With batch['inside'] (I, R), which regions --drop left, also 'inside'. The dropped ones are
+        zeros in 'images' and never scored, but the others attend to them, as published, unless
+        `mask_dropped`.
         """
-        if "region_lengths" not in batch:
-            return super().encode_images(batch)
-        images = batch["images"]
-        at = torch.arange(images.size(1), device=images.device)  # (R,)
-        inside = at < batch["region_lengths"][:, None]  # (I, R)
-        regions = self.img_enc(images, ~inside if self.mask_dropped else None)
-        return {"regions": regions, "inside": inside}
+        inside = batch.get("inside")
+        outside = ~inside if self.mask_dropped and inside is not None else None
+        return without_dropped(self.img_enc(batch["images"], outside), batch)
 
     def similarity(self, images: dict[str, Tensor], captions: dict[str, Tensor]) -> Tensor:
         """Scores (I, C) of every encoded image with every encoded caption."""

@@ -240,10 +240,11 @@ def vocab_file(opt: argparse.Namespace, folder: str) -> str:
 def as_read(vocab: Vocabulary, opt: argparse.Namespace) -> Vocabulary:
     """The vocabulary as the system reads words, as published.
 
-    PFAN's whole-image variant takes unknown words for <pad>; CHAN has a word more, <mask>.
+    PFAN's whole-image variant takes unknown words for <pad>; CHAN has a word more, <mask>, and so
+    has any system that was trained with --drop.
     """
-    if opt.model == "chan":
-        vocab.add_word("<mask>")
+    if opt.model == "chan" or opt.drop:
+        vocab.add_word(vocab.mask)
     vocab.unknown = "<pad>" if opt.model == "pfan_whole" else "<unk>"
     return vocab
 

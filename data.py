@@ -55,31 +55,44 @@ def repeats(array: np.ndarray, captions_per_row: int) -> int:
 class Drop:
     """Size augmentation, as published for CHAN: fewer regions and words in training.
 
-    Each region is dropped with probability `rate`; each word, <start> and <end> too, is chosen with
-    probability 0.2, and then masked (half of them), replaced by a random word (a tenth) or dropped.
-    An image keeps a region at least, a caption a word. Random numbers follow from seed, epoch and
-    caption, so a resumed run draws the same.
+    Each region is dropped with probability `rate`; each word is chosen with probability 0.2, and
+    then masked (half of them), replaced by a random one (a tenth) or dropped. <start> and <end> are
+    words like others; WordPiece's [CLS] and [SEP] are not, and a word is all its pieces. An image
+    keeps a region at least, with `whole` its last one besides, and a caption a word. Random numbers
+    follow from seed, epoch and caption, so a resumed run draws the same.
     """
 
-    def __init__(self, rate: float, seed: int, vocab: Vocabulary):
-        self.rate, self.seed = rate, seed
-        self.mask, self.size = vocab.word2idx["<mask>"], len(vocab)
+    def __init__(self, rate: float, seed: int, vocab: Vocabulary, whole: bool = False):
+        if vocab.mask not in vocab.word2idx:
+            raise InputError(
+                f"--drop: the vocabulary has no {vocab.mask}, as the checkpoint of --resume was "
+                "trained without --drop; train afresh"
+            )
+        self.rate, self.seed, self.whole = rate, seed, whole
+        self.mask, self.size, self.pieces = vocab.word2idx[vocab.mask], len(vocab), vocab.pieces
+        self.first = torch.ones(self.size, dtype=torch.bool)  # whether a piece begins a word
+        if self.pieces:
+            self.first[[i for w, i in vocab.word2idx.items() if w.startswith("##")]] = False
 
     def __call__(self, item: dict, epoch: int) -> dict:
-        """An item with dropped regions as zeros at the end, and 'region_lengths' without them."""
+        """An item with zeros for dropped regions, and 'inside' (R,), which regions are left."""
         rng = np.random.default_rng((self.seed, epoch, item["index"]))
         images, captions = item["images"], item["captions"]
-        keep = torch.from_numpy(rng.random(len(images)) >= self.rate)  # (R,)
-        keep[rng.integers(len(images))] |= not keep.any()
-        kept = torch.zeros_like(images)  # (R, F)
-        kept[: int(keep.sum())] = images[keep]
+        inside = torch.from_numpy(rng.random(len(images)) >= self.rate)  # (R,)
+        regions = inside[: len(inside) - self.whole]  # a view: without the whole image
+        regions[rng.integers(len(regions))] |= not regions.any()
+        inside[len(regions) :] = True
         chance = torch.from_numpy(rng.random(len(captions)) / 0.2)  # (W,), chosen below 1
+        chance = chance[self.first[captions].cumsum(0) - 1]  # (W,), one a word
+        if self.pieces:
+            chance[[0, -1]] = 1
         other = torch.from_numpy(rng.integers(self.size, size=len(captions)))  # (W,)
         words = captions.where(chance >= 0.5, self.mask)  # (W,)
         words = words.where((chance < 0.5) | (chance >= 0.6), other)  # (W,)
         stay = (chance < 0.6) | (chance >= 1)  # (W,)
         words = words[stay] if stay.any() else captions  # (W',)
-        return item | {"images": kept, "captions": words, "region_lengths": int(keep.sum())}
+        images = images.masked_fill(~inside[:, None], 0)  # (R, F)
+        return item | {"images": images, "captions": words, "inside": inside}
 
 
 class PrecompDataset(Dataset):

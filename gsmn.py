@@ -38,6 +38,7 @@ from model import (
 from pairs import blocks, pair_scores
 
 KERNELS = 8
+READ = "regions", "keys", "norms", "edges", "inside"  # of the images by a score
 
 
 class Matching(NamedTuple):
@@ -121,14 +122,17 @@ def structure_score(
     out: Tensor,
     out_bias: Tensor,
     conv_bias: Tensor | None = None,
+    *,
+    inside: Tensor | None = None,
 ) -> Tensor:
     """Scores (M, N) of one graph from its nodes' vectors m (M, N, V, B): structure level.
 
     Section 3.2 of the paper: x_i = ||_k sigma(sum_j e_ij W_k m_j + b), and then the mean over i of
     W_s sigma(W_h x_i + b_h) + b_s. conv (H, B) are the W_k one below the other, conv_bias b, hidden
     W_h, out W_s. edges: with `neighbours` e_ij, (m, n, k, V, V); else, as published, what a node's
-    own vector is multiplied with instead of that sum, (m, n, V, k), and no sigma around it. The
-    letters in lower case are M, N, K, or 1.
+    own vector is multiplied with instead of that sum, (m, n, V, k), and no sigma around it.
+    `inside` (m, n, V) says which nodes there are; None: all. The letters in lower case are M, N, K,
+    or 1.
     """
     h = (nodes @ conv.mT).unflatten(3, (KERNELS, -1))  # (M, N, V, K, H / K)
     if neighbours:
@@ -140,6 +144,9 @@ def structure_score(
     h = h.tanh() if neighbours else h  # (M, N, V, H)
     h = (h @ hidden.mT + hidden_bias).tanh()  # (M, N, V, H)
     # The last layer is linear, so the mean over nodes (and over out_dim, published) goes first.
+    if inside is not None:
+        h = (h * inside[..., None]).sum(2) / inside.sum(2)[..., None]  # (M, N, H)
+        return h @ out.mean(0) + out_bias.mean()  # (M, N)
     return h.mean(2) @ out.mean(0) + out_bias.mean()  # (M, N)
 
 
@@ -152,10 +159,12 @@ def score_some(
 ) -> Tensor:
     """Scores of captions of one length and some images; see pair_scores.
 
-    Of images: regions (i, R, D), their block_keys, block_norms, and edges (i, ...); of captions:
-    words (n, W, D) and, if the graph has any, edges (n, W) or (n, W, all W).
+    Of images: regions (i, R, D), their block_keys, block_norms, and edges (i, ...), and if some
+    regions are missing, which there are (i, R): the others are zeros, so that attention to them
+    adds nothing. Of captions: words (n, W, D) and, if the graph has any, edges (n, W) or (n, W, all
+    W).
     """
-    regions, keys, norms, visual_edges = images
+    regions, keys, norms, visual_edges, *inside = images
     words, *textual_edges = captions
     b, length, depth = how.num_block, words.size(1), words.size(2)
     words_b, regions_b = (x.unflatten(2, (b, -1)) for x in (words, regions))  # (n, W, B, D / B)
@@ -189,7 +198,9 @@ def score_some(
         (edges,) = textual_edges
         edges = edges[..., None, :, :length] if how.neighbours else edges[..., None]
     scores = structure_score(x, edges, how.neighbours, *weights[:6])  # (M, N)
-    scores = scores + structure_score(y, visual_edges[:, None], how.neighbours, *weights[6:])
+    present = inside[0][:, None] if inside else None  # (i, 1, R) or (p, 1, R)
+    edges = visual_edges[:, None]
+    scores = scores + structure_score(y, edges, how.neighbours, *weights[6:], inside=present)
     return scores.flatten() if paired else scores.mT  # (p,) or (n, i)
 
 
@@ -234,8 +245,10 @@ class VisualKernels(nn.Module):
             nn.Linear(feat_dim, hid_dim // KERNELS, bias=False) for _ in range(KERNELS)
         )
 
-    def forward(self, boxes: Tensor, neighbours: bool) -> Tensor:
+    def forward(self, boxes: Tensor, neighbours: bool, inside: Tensor | None = None) -> Tensor:
         """boxes (I, R, 4) in parts of the image's size -> edges (I, R, K), or (I, K, R, R).
+
+        `inside` (I, R) says which regions there are; no other is a neighbour. None: all.
 
         Of w_ijk = exp(-(rho_ij - mu_k)^2 / 2 s_k^2) exp(-|theta_ij - nu_k|^2 / 2 t_k^2), angles
         the short way round. As published they are divided by their sum over the kernels k and, as
@@ -254,11 +267,15 @@ class VisualKernels(nn.Module):
         around = torch.minimum(around, (2 * math.pi - around).abs())  # (I, K, R, R)
         log_w = exponent(rho - self.mean_rho[..., None], self.precision_rho)  # (I, K, R, R)
         log_w = log_w + exponent(around, self.precision_theta)  # (I, K, R, R)
+        outside = None if inside is None else ~inside[:, None, None]  # (I, 1, 1, R)
         # A softmax is that quotient, but where all kernels are so narrow that each w is 0: the
         # published quotient is then NaN.
         if neighbours:
+            log_w = log_w if outside is None else log_w.masked_fill(outside, -torch.inf)
             return log_w.softmax(3)  # (I, K, R, R)
-        return log_w.softmax(1).sum(3).mT  # (I, R, K)
+        w = log_w.softmax(1)  # (I, K, R, R)
+        w = w if outside is None else w.masked_fill(outside, 0)  # (I, K, R, R)
+        return w.sum(3).mT  # (I, R, K)
 
 
 class TextualKernels(nn.Module):
@@ -375,8 +392,9 @@ class GSMN(Encoders):
 
         Boxes are (left, top, right, bottom) in parts of the image's width and height.
         """
-        edges = self.visual_graph.graph_convolution_1(batch["boxes"], self.how.neighbours)
-        encoded = {"regions": self.img_enc(batch["images"]), "edges": edges}
+        kernels, inside = self.visual_graph.graph_convolution_1, batch.get("inside")
+        edges = kernels(batch["boxes"], self.how.neighbours, inside)
+        encoded = super().encode_images(batch) | {"edges": edges}
         return encoded if self.training else encoded | self._keys(encoded["regions"])
 
     def _keys(self, regions: Tensor) -> dict[str, Tensor]:
@@ -402,7 +420,7 @@ class GSMN(Encoders):
         return pair_scores(
             partial(score_all, how=how),
             partial(score_some, how=how),
-            tuple(images[name] for name in ("regions", "keys", "norms", "edges")),
+            tuple(images[name] for name in READ if name in images),
             (words, *edges),
             lengths,
             (*self.textual_graph.weights(), *self.visual_graph.weights()),

@@ -193,19 +193,23 @@ class CrossAttention(NamedTuple):
     focus: float = 0.0  # PFAN: what the aggregate of each query's largest weight counts
 
 
-def attention(s: Tensor, how: CrossAttention) -> tuple[Tensor, float]:
+def attention(s: Tensor, how: CrossAttention, inside: Tensor | None = None) -> tuple[Tensor, float]:
     """Attention of each query to the keys from dots s (N, W, M, R), times the same for all keys.
 
     The softmax's denominator cancels in a cosine, so it is left out; the second result is 1e-8 in
-    its unit. Leaves s as it is.
+    its unit. Leaves s as it is. See attend for `inside`.
     """
     query, key = (1, 3) if how.words_query else (3, 1)  # their dimensions in s
     norm = choose(RAW_FEATURE_NORM, how.raw_feature_norm, "raw_feature_norm")
     # Without a graph each pass writes over its input: a second buffer would leave the cache.
     exp, mul = (Tensor.exp, Tensor.mul) if s.requires_grad else (Tensor.exp_, Tensor.mul_)
+    if inside is not None and not how.words_query and how.raw_feature_norm == "softmax":
+        s = s.masked_fill(~inside[:, None], -torch.inf)  # the other norms add up zeros
     a = norm.before(s, query)  # like s
     scale = how.lambda_softmax
     a = mul(a, norm.over(a, query, scale) if norm.over else scale)
+    if inside is not None and how.words_query:
+        a = a.masked_fill(~inside[:, None], -torch.inf)  # like s
     floor = EPS
     if norm.bounded and scale <= 20:
         floor *= math.exp(-scale)  # the least that the denominator can be
@@ -227,21 +231,40 @@ def cosine(dot: Tensor, square: Tensor, query_length: Tensor, floor: float) -> T
     return (dot / length.clamp_min(floor)).clamp(-1, 1)  # like square
 
 
-def attend(s: Tensor, gram: Tensor, query_length: Tensor, how: CrossAttention) -> Tensor:
+def aggregate(x: Tensor, dim: int, how: CrossAttention, inside: Tensor | None) -> Tensor:
+    """One number for the queries of each pair, along `dim` of x, of those that are inside."""
+    function = choose(AGG_FUNC, how.agg_func, "agg_func")
+    if inside is None:
+        return function(x, dim, how.lambda_lse)
+    adds = how.agg_func in ("Mean", "Sum")
+    x = x.masked_fill(~inside, 0 if adds else -torch.inf)  # like x
+    if how.agg_func == "Mean":
+        return x.sum(dim) / inside.sum(dim)
+    return function(x, dim, how.lambda_lse)
+
+
+def attend(
+    s: Tensor,
+    gram: Tensor,
+    query_length: Tensor,
+    how: CrossAttention,
+    inside: Tensor | None = None,
+) -> Tensor:
     """Scores (N, M) of N captions of W words and M images, from their dots s (N, W, M, R).
 
     gram holds the dots among the keys: t2i (M, R, R) among each image's regions, i2t (N, W, W)
     among each caption's words. query_length holds the norms of the query rows: t2i (N, W, 1), i2t
-    (M, R), or with an N or M more where a caption meets one image only. Overwrites s where no graph
-    is kept.
+    (M, R), or with an N or M more where a caption meets one image only. `inside` (1, M, R) or (N,
+    1, R) says which regions there are, the others being zeros; None: all. Overwrites s where no
+    graph is kept.
 
     The attended vector c = sum_k a_k k is never built: q.c = sum_k a_k s_k, and |c|^2 = a' G a.
     Both directions of section 3.1 are this function, i-t with regions as queries, t-i with words.
     """
     key = 3 if how.words_query else 1
-    aggregate = choose(AGG_FUNC, how.agg_func, "agg_func")
+    over = 1 if how.words_query else 2
     mul = Tensor.mul if s.requires_grad else Tensor.mul_
-    a, floor = attention(s, how)  # like s
+    a, floor = attention(s, how, inside)  # like s
     if how.words_query:
         rows = a.flatten(0, 1).transpose(0, 1)  # (M, N W, R)
         g = (rows @ gram).transpose(0, 1).view(s.shape)  # (N, W, M, R)
@@ -250,12 +273,12 @@ def attend(s: Tensor, gram: Tensor, query_length: Tensor, how: CrossAttention) -
     square = mul(g, a).sum(key)  # (N, W, M) or (N, M, R)
     dot = mul(s, a).sum(key)  # like square
     x = cosine(dot, square, query_length, floor)  # like square
-    over = 1 if how.words_query else 2
-    scores = aggregate(x, over, how.lambda_lse)  # (N, M)
+    rows = None if how.words_query else inside  # of the queries
+    scores = aggregate(x, over, how, rows)  # (N, M)
     if how.focus:
         # max().values, not amax(): ties pass their gradient to one key, as published.
         largest = a.max(key).values / a.sum(key)  # like square
-        scores = scores + how.focus * aggregate(largest, over, how.lambda_lse)  # (N, M)
+        scores = scores + how.focus * aggregate(largest, over, how, rows)  # (N, M)
     return scores
 
 
@@ -294,6 +317,15 @@ def packed_words(
     return list(zip(words.split(sizes), groups.values(), strict=True)), order
 
 
+def read_images(
+    images: tuple[Tensor, ...], how: CrossAttention
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Regions (i, R, D); t2i: the dots among them (i, R, R); which there are (i, R), or None."""
+    regions, *more = images
+    gram = more.pop(0) if how.words_query else None
+    return regions, gram, more[0] if more else None
+
+
 def score_all(
     images: tuple[Tensor, ...],
     captions: tuple[Tensor],
@@ -301,7 +333,7 @@ def score_all(
     how: CrossAttention,
 ) -> Tensor:
     """Scores (I, C) of all images and captions, no graph kept; see xattn_score for the tuples."""
-    regions, *gram = images
+    regions, gram, inside = read_images(images, how)
     block, regions_of = block_size(regions.device), regions.size(1)
     images_of = max(1, min(len(regions), 64, block // regions_of))
     size = max(1, block // (images_of * regions_of))
@@ -311,7 +343,8 @@ def score_all(
         some = slice(start, start + images_of)
         columns = regions[some].flatten(0, 1).mT  # (D, i R)
         # What attend needs of the images: (i, R, R) or (i, R).
-        need = gram[0][some] if how.words_query else regions[some].norm(dim=2)
+        need = gram[some] if how.words_query else regions[some].norm(dim=2)
+        mask = None if inside is None else inside[None, some]  # (1, i, R)
         parts = []
         for words, groups in chunks:
             s = words @ columns  # (T, i R)
@@ -319,7 +352,7 @@ def score_all(
             for (n, w, of_words), dots in zip(groups, s.split(sizes), strict=True):
                 dots = dots.view(n, w, -1, regions_of)  # (n, W, i, R)
                 pair = (need, of_words) if how.words_query else (of_words, need)
-                parts.append(attend(dots, *pair, how))  # (n, i)
+                parts.append(attend(dots, *pair, how, mask))  # (n, i)
         scores.append(torch.cat(parts))  # (C, i)
     back = order.argsort().to(regions.device)
     return torch.cat(scores, 1)[back].mT  # (I, C)
@@ -329,7 +362,7 @@ def score_some(
     images: tuple[Tensor, ...], captions: tuple[Tensor], paired: bool, how: CrossAttention
 ) -> Tensor:
     """Scores, with a graph, of captions of one length and some images; see pair_scores."""
-    (regions, *gram), (words,) = images, captions
+    (regions, gram, inside), (words,) = read_images(images, how), captions
     lengths = (words if how.words_query else regions).norm(dim=2)  # (n, W) or (i, R)
     if paired:
         s = words @ regions.mT  # (p, W, R)
@@ -337,21 +370,34 @@ def score_some(
         # "image": the Gram matrices are then one a pair.
         s = s.transpose(0, 1)[None] if how.words_query else s[:, :, None]
         lengths = lengths.mT[None] if how.words_query else lengths[:, None]
+        if inside is not None:
+            inside = inside[None] if how.words_query else inside[:, None]
     else:
         s = (words.flatten(0, 1) @ regions.flatten(0, 1).mT).view(
             *words.shape[:2], len(regions), -1
         )
         lengths = lengths[..., None] if how.words_query else lengths
+        inside = None if inside is None else inside[None]
     # s is (n, W, i, R); paired (1, W, p, R) or (p, W, 1, R).
-    scores = attend(s, gram[0] if how.words_query else words @ words.mT, lengths, how)
+    scores = attend(s, gram if how.words_query else words @ words.mT, lengths, how, inside)
     return scores.flatten() if paired else scores  # (p,) or (n, i)
 
 
-def xattn_score(images: Tensor, captions: Tensor, cap_lens: Tensor, how: CrossAttention) -> Tensor:
-    """Scores (I, C) of all pairs, with the sparse backward where a gradient is wanted."""
+def xattn_score(
+    images: Tensor,
+    captions: Tensor,
+    cap_lens: Tensor,
+    how: CrossAttention,
+    inside: Tensor | None = None,
+) -> Tensor:
+    """Scores (I, C) of all pairs, with the sparse backward where a gradient is wanted.
+
+    `inside` (I, R) says which regions there are, the others being zeros; None: all.
+    """
     cap_lens = torch.as_tensor(cap_lens).cpu()
     # What the score reads of the images: regions, and for t2i the dots among them, once a step.
     images = (images, images @ images.mT) if how.words_query else (images,)
+    images = images if inside is None else (*images, inside)
     every, some = partial(score_all, how=how), partial(score_some, how=how)
     return pair_scores(every, some, images, (captions,), cap_lens)
 
@@ -420,6 +466,14 @@ class ContrastiveLoss(nn.Module):
         return caption_cost.sum() + image_cost.sum()
 
 
+def without_dropped(regions: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Encoded regions (I, R, D), and 'inside' (I, R) if --drop left not all: the rest are zeros."""
+    if "inside" not in batch:
+        return {"regions": regions}
+    inside = batch["inside"]
+    return {"regions": regions.masked_fill(~inside[..., None], 0), "inside": inside}
+
+
 class Encoders(nn.Module):
     """What all models share: `img_enc`, `txt_enc`, and the call that wraps both."""
 
@@ -428,8 +482,11 @@ class Encoders(nn.Module):
         return self.encode_images(batch), self.encode_captions(batch)
 
     def encode_images(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch['images'] (I, R, F) -> {'regions': (I, R, D)}."""
-        return {"regions": self.img_enc(batch["images"])}
+        """batch['images'] (I, R, F) -> {'regions': (I, R, D)}.
+
+        With batch['inside'] (I, R), which regions --drop left, also 'inside'.
+        """
+        return without_dropped(self.img_enc(batch["images"]), batch)
 
     def encode_captions(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch['captions'] (C, W), batch['lengths'] (C,) -> {'words': (C, W, D), 'lengths'}."""
@@ -489,4 +546,5 @@ class SCAN(Encoders):
         how = self.how
         if cross_attn is not None:
             how = how._replace(words_query=cross_attn == "t2i", focus=self.FOCUS[cross_attn])
-        return xattn_score(images["regions"], captions["words"], captions["lengths"], how)
+        words, lengths = captions["words"], captions["lengths"]
+        return xattn_score(images["regions"], words, lengths, how, images.get("inside"))

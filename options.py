@@ -36,7 +36,7 @@ OWN = {
     ("pfan",): ("position",),
     ("chan",): (
         *("coding_type", "pooling_type", "alpha", "belta", "criterion", "temperature"),
-        *("drop", "obj_drop_rate", "mask_dropped"),
+        "mask_dropped",
     ),
     ("pfan_whole",): ("lambda_whole", "need_box_whole"),
 }
@@ -126,6 +126,14 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="two captions of one image in a batch are no negatives of each other's image "
         "(published: they are)",
+    )
+    training.add_argument(
+        "--drop",
+        action="store_true",
+        help="drop some regions and words in training (published for CHAN; any system here)",
+    )
+    training.add_argument(
+        "--obj_drop_rate", default=0.2, type=fraction, help="part of the regions that --drop drops"
     )
     training.add_argument(
         "--amp", action="store_true", help="bfloat16 encoders; scores and loss stay float32"
@@ -238,10 +246,6 @@ def build_parser() -> argparse.ArgumentParser:
         "with or without --max_violation; or InfoNCE",
     )
     chan.add_argument("--temperature", default=0.01, type=POSITIVE, help="of InfoNCELoss")
-    chan.add_argument("--drop", action="store_true", help="drop some regions and words in training")
-    chan.add_argument(
-        "--obj_drop_rate", default=0.2, type=fraction, help="part of the regions that --drop drops"
-    )
     chan.add_argument(
         "--mask_dropped",
         action="store_true",

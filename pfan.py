@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from model import EPS, SCAN, EncoderImage, choose, cosine
+from model import EPS, SCAN, EncoderImage, choose, cosine, without_dropped
 
 
 class PositionEncoder(EncoderImage):
@@ -90,7 +90,8 @@ class PFAN(SCAN):
 
     def encode_images(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch['images'] (I, R, F), 'blocks', 'overlap' (I, R, K) -> {'regions': (I, R, D)}."""
-        return {"regions": self.img_enc(batch["images"], batch["blocks"], batch["overlap"])}
+        regions = self.img_enc(batch["images"], batch["blocks"], batch["overlap"])
+        return without_dropped(regions, batch)
 
 
 class WholeEncoder(PositionEncoder):
@@ -165,7 +166,7 @@ class PFANWhole(SCAN):
     def encode_images(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """As PFAN, and batch['whole'] (I, F) -> {'regions': (I, R, D), 'whole': (I, D)}."""
         regions = self.img_enc(batch["images"], batch["blocks"], batch["overlap"])
-        return {"regions": regions, "whole": self.img_enc.whole(batch["whole"])}
+        return without_dropped(regions, batch) | {"whole": self.img_enc.whole(batch["whole"])}
 
     def encode_captions(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """As SCAN, and 'sentence' (C, D): the final state of the GRU."""
@@ -184,5 +185,6 @@ class PFANWhole(SCAN):
         words_query = self.how.words_query if cross_attn is None else cross_attn == "t2i"
         if self.need_box_whole and words_query:
             scores = scores + 0.5 * cosines(regions[:, -1], sentence)  # (I, C)
-            images = images | {"regions": regions[:, :-1]}
+            names = images.keys() & {"regions", "inside"}
+            images = images | {name: images[name][:, :-1] for name in names}
         return scores + super().similarity(images, captions, cross_attn)  # (I, C)

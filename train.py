@@ -144,7 +144,7 @@ def fit(opt: argparse.Namespace, device: torch.device) -> None:
     folder = find_data(opt.data_path, opt.data_name, opt.model)
     train_set = open_split(folder, "train", vocab, opt)
     if opt.drop:
-        train_set.drop = Drop(opt.obj_drop_rate, opt.seed, vocab)
+        train_set.drop = Drop(opt.obj_drop_rate, opt.seed, vocab, opt.need_box_whole)
     dev_set = open_split(folder, "dev", vocab, opt)
     pin = device.type == "cuda"
     loader = get_train_loader(

@@ -67,7 +67,8 @@ def tokenize(caption: str, tokenizer: str | None = None) -> list[str]:
 class Vocabulary:
     """A two-way map between words and indices; unknown words become `unknown`."""
 
-    unknown = "<unk>"
+    unknown, mask = "<unk>", "<mask>"  # the latter is there only where a system or --drop adds it
+    pieces = False  # a word is one token
 
     def __init__(self, tokenizer: str | None = None):
         self.word2idx: dict[str, int] = {}

@@ -29,10 +29,11 @@ def make(n=5, **more):
     captions = torch.randint(1, 20, (n, int(lengths.max())), generator=g)
     captions[torch.arange(captions.size(1)) >= lengths[:, None]] = 0
     images = torch.randn(n, 5, 6, generator=g, dtype=torch.float64)
-    there = torch.tensor([5, 2, 4, 1, 3, 5, 5])[:n]
-    images[torch.arange(5) >= there[:, None]] = 0
+    inside = torch.rand(n, 5, generator=g) < 0.7
+    inside[:2] = torch.tensor([[True] * 5, [False, False, True, False, False]])[:n]
+    images[~inside] = 0
     batch = {"captions": captions, "lengths": lengths, "images": images}
-    return net, batch | {"region_lengths": there}
+    return net, batch | {"inside": inside}
 
 
 def encode(net, batch):
@@ -43,12 +44,12 @@ def encode(net, batch):
     ]
 
 
-def loop(net, images, captions, there):
+def loop(net, images, captions, inside):
     scores = []
-    for image, n in zip(images["regions"], there.tolist(), strict=True):
+    for image, some in zip(images["regions"], inside, strict=True):
         for words, length in zip(captions["words"], captions["lengths"].tolist(), strict=True):
-            scores.append(reference.chan_pair(image[:n], words[:length], *net.how))
-    return torch.stack(scores).view(len(there), -1)
+            scores.append(reference.chan_pair(image[some], words[:length], *net.how))
+    return torch.stack(scores).view(len(inside), -1)
 
 
 @pytest.mark.parametrize("coding", CODING)
@@ -56,15 +57,15 @@ def loop(net, images, captions, there):
 @pytest.mark.parametrize("dropped", [False, True])
 def test_scores_and_gradients_are_those_of_sums_written_out(coding, pooling, dropped):
     net, batch = make(coding_type=coding, pooling_type=pooling, alpha=0.2, belta=0.3)
-    there = batch["region_lengths"]
+    inside = batch["inside"]
     if not dropped:
-        there = torch.full_like(there, 5)
-        del batch["region_lengths"]
+        inside = torch.ones_like(inside)
+        del batch["inside"]
     few = torch.zeros(5, 5, dtype=torch.float64)
     few[1, 2], few[1, 3], few[0, 3], few[3, 0] = 1.0, -2.0, 0.5, 1.0
     for weight in (few, torch.randn(5, 5, dtype=torch.float64)):  # pair by pair; in blocks
         results = []
-        for score in (net.similarity, lambda *x: loop(net, *x, there)):
+        for score in (net.similarity, lambda *x: loop(net, *x, inside)):
             net.zero_grad()
             scores = score(*encode(net, batch))
             (scores * weight).sum().backward()
@@ -133,7 +134,7 @@ def test_encoders_written_out(kind):
 
 def test_dropped_regions_are_attended_to_unless_masked():
     net, batch = make(precomp_enc_type="selfattention")
-    batch["region_lengths"][:] = 3
+    batch["inside"] = (torch.arange(5) < 3).expand(5, 5)
     kept = {"images": batch["images"][:, :3]}
     batch["images"][:, 3:] = 0
     got = net.encode_images(batch)["regions"][:, :3]
@@ -313,12 +314,10 @@ def test_dropping_follows_the_published_odds(tiny):
     for epoch in range(40):
         words, plain, dropped = items(tiny, epoch=epoch)
         for one, other in zip(plain, dropped, strict=True):
-            n = other["region_lengths"]
-            assert 1 <= n <= 4 and not other["images"][n:].any()
-            rows = [row.tolist() for row in one["images"]]
-            kept = [rows.index(row) for row in other["images"][:n].tolist()]
-            assert kept == sorted(kept)
-            counts["regions"] += n
+            inside = other["inside"]
+            assert inside.any() and not other["images"][~inside].any()
+            assert torch.equal(other["images"][inside], one["images"][inside])
+            counts["regions"] += int(inside.sum())
             counts["words"] += len(other["captions"])
             counts["of"] += len(one["captions"])
             counts["mask"] += int((other["captions"] == words("<mask>")).sum())
@@ -342,9 +341,9 @@ def test_dropping_is_seeded_and_differs_from_epoch_to_epoch(tiny):
     assert len(set(text)) == 3
     _, plain, whole = items(tiny, rate=0.0)
     assert all(torch.equal(a["images"], b["images"]) for a, b in zip(plain, whole, strict=True))
-    assert all(item["region_lengths"] == 1 for item in items(tiny, rate=1 - 1e-12)[2])
+    assert all(item["inside"].sum() == 1 for item in items(tiny, rate=1 - 1e-12)[2])
     batch = collate_fn(whole[:3])
-    assert batch["region_lengths"].tolist() == [4, 4, 4]
+    assert batch["inside"].shape == (3, 4) and batch["inside"].all()
 
 
 def test_a_rate_beyond_one_is_refused(capsys):
@@ -352,8 +351,8 @@ def test_a_rate_beyond_one_is_refused(capsys):
         options.parse(["--model", "chan", "--drop", "--obj_drop_rate", "1"])
     assert "expected a number from 0 on, below 1" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        options.parse(["--model", "scan", "--drop"])
-    assert "--drop is for --model chan, not scan" in capsys.readouterr().err
+        options.parse(["--model", "scan", "--mask_dropped"])
+    assert "--mask_dropped is for --model chan, not scan" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         options.parse(["--model", "chan", "--lambda_softmax", "3"])
     assert "--lambda_softmax is for --model scan | gsmn" in capsys.readouterr().err

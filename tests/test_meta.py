@@ -14,6 +14,8 @@ from gsmn import GSMN
 from model import AGG_FUNC, RAW_FEATURE_NORM, SCAN, ContrastiveLoss, score_some
 from pfan import PFAN, PFANWhole
 
+INSIDE = {"inside": torch.empty(6, 5, dtype=torch.bool, device="meta")}
+
 
 def batch(n: int = 6) -> dict[str, torch.Tensor]:
     return {
@@ -31,16 +33,17 @@ def all_nonzero():
 
 
 @pytest.mark.parametrize("direction", ["t2i", "i2t"])
+@pytest.mark.parametrize("dropped", [{}, INSIDE])
 @pytest.mark.parametrize(
     ("norm", "agg"),
     [(norm, "LogSumExp") for norm in RAW_FEATURE_NORM] + [("l2norm", agg) for agg in AGG_FUNC],
 )
-def test_a_step_stays_on_its_device(direction, norm, agg, all_nonzero):
+def test_a_step_stays_on_its_device(direction, dropped, norm, agg, all_nonzero):
     with torch.device("meta"):
         model = SCAN(
             20, 12, 8, 16, bi_gru=True, cross_attn=direction, raw_feature_norm=norm, agg_func=agg
         )
-    images, captions = model(batch())
+    images, captions = model(batch() | dropped)
     scores = model.similarity(images, captions)
     assert scores.device.type == "meta" and scores.shape == (6, 6)
     for max_violation in (True, False):
@@ -76,8 +79,7 @@ def test_a_step_of_pfan_stays_on_its_device(kind, more, direction, all_nonzero):
 def test_a_step_of_chan_stays_on_its_device(coding, pooling, kind, all_nonzero):
     with torch.device("meta"):
         model = CHAN(20, 12, 8, 16, precomp_enc_type=kind, coding_type=coding, pooling_type=pooling)
-        some = {"region_lengths": torch.empty(6, dtype=torch.long)} if kind == "basic" else {}
-    images, captions = model(batch() | some)
+    images, captions = model(batch() | (INSIDE if kind == "basic" else {}))
     scores = model.similarity(images, captions)
     assert scores.device.type == "meta" and scores.shape == (6, 6)
     for criterion in (ContrastiveLoss(0.05, True), InfoNCELoss(0.01, 0.05)):
@@ -88,13 +90,14 @@ def test_a_step_of_chan_stays_on_its_device(coding, pooling, kind, all_nonzero):
 
 @pytest.mark.parametrize("is_sparse", [False, True])
 @pytest.mark.parametrize("neighbours", [False, True])
-def test_a_step_of_gsmn_stays_on_its_device(is_sparse, neighbours, all_nonzero):
+@pytest.mark.parametrize("dropped", [{}, INSIDE])
+def test_a_step_of_gsmn_stays_on_its_device(is_sparse, neighbours, dropped, all_nonzero):
     with torch.device("meta"):
         model = GSMN(
             20, 12, 8, 32, num_block=4, feat_dim=4, is_sparse=is_sparse, neighbours=neighbours
         )
         graphs = {"boxes": torch.empty(6, 5, 4), "adjacency": torch.empty(6, 7, 7)}
-    images, captions = model(batch() | graphs)
+    images, captions = model(batch() | graphs | dropped)
     scores = model.similarity(images, captions)
     assert scores.device.type == "meta" and scores.shape == (6, 6)
     ContrastiveLoss(0.2)(scores).backward()

@@ -1,0 +1,117 @@
+"""--drop for every system: a dropped region is as if the image had never had it."""
+
+import pytest
+import torch
+
+import train
+from chan import CHAN
+from gsmn import GSMN
+from model import AGG_FUNC, RAW_FEATURE_NORM, SCAN
+from pfan import PFAN, PFANWhole
+from tests.conftest import read_log, train_args
+
+SIZES = {"img_dim": 6, "word_dim": 5, "embed_size": 8}
+SYSTEMS = [
+    *((SCAN, {"raw_feature_norm": x, "agg_func": "Mean"}) for x in RAW_FEATURE_NORM),
+    *((SCAN, {"agg_func": x}) for x in AGG_FUNC),
+    (PFAN, {}),
+    (PFAN, {"position": "only", "agg_func": "Mean"}),
+    (PFANWhole, {}),
+    (PFANWhole, {"need_box_whole": True}),
+    (GSMN, {"num_block": 4, "feat_dim": 4}),
+    (GSMN, {"num_block": 4, "feat_dim": 4, "neighbours": True}),
+    (GSMN, {"num_block": 4, "feat_dim": 4, "is_sparse": True}),
+    (CHAN, {"coding_type": "THACoding"}),
+]
+NAMES = [f"{kind.__name__} {' '.join(map(str, more.values()))}" for kind, more in SYSTEMS]
+
+
+def make(kind, n=5, regions=6, **more):
+    """A model, and a batch of which some regions are dropped; the last of an image never is."""
+    g = torch.Generator().manual_seed(0)
+    torch.manual_seed(1)
+    net = kind(20, **SIZES, **more)
+    lengths = torch.randint(2, 7, (n,), generator=g)
+    captions = torch.randint(1, 20, (n, int(lengths.max())), generator=g)
+    inside = torch.rand(n, regions, generator=g) < 0.6
+    inside[:, -1] = True
+    images = torch.randn(n, regions, 6, generator=g)
+    some = regions - bool(more.get("need_box_whole"))  # the whole image has no blocks
+    batch = {"captions": captions, "lengths": lengths, "images": images, "inside": inside}
+    batch["boxes"] = torch.rand(n, regions, 4, generator=g)
+    batch["blocks"] = torch.rand(n, some, 257, generator=g).argsort(2)[..., :3]
+    batch["overlap"] = torch.rand(n, some, 3, generator=g)
+    batch["whole"] = torch.randn(n, 6, generator=g)
+    if more.get("is_sparse"):
+        batch["adjacency"] = (torch.rand(n, 6, 6, generator=g) < 0.5).float()
+        batch["adjacency"] = batch["adjacency"][:, : captions.size(1), : captions.size(1)]
+        batch["adjacency"] += torch.eye(captions.size(1))
+    return net, batch
+
+
+def without(batch, image):
+    """The batch of one image with only the regions that are inside, and all captions."""
+    inside = batch["inside"][image]
+    one = {name: x[image : image + 1] for name, x in batch.items()}
+    one["images"] = one["images"][:, inside]
+    one["boxes"] = one["boxes"][:, inside]
+    for name in ("blocks", "overlap"):
+        one[name] = one[name][:, inside[: one[name].size(1)]]
+    del one["inside"]
+    captions = {name: batch[name] for name in ("captions", "lengths", "adjacency") if name in batch}
+    return one | captions
+
+
+@pytest.mark.parametrize("direction", ["t2i", "i2t"])
+@pytest.mark.parametrize(("kind", "more"), SYSTEMS, ids=NAMES)
+def test_scores_and_gradients_are_those_of_the_regions_left(kind, more, direction):
+    if issubclass(kind, SCAN):
+        more = more | {"cross_attn": direction}
+    elif direction == "i2t":
+        return
+    net, batch = make(kind, **more)
+    few = torch.zeros(5, 5)
+    few[1, 2], few[1, 3], few[0, 3], few[3, 0] = 1.0, -2.0, 0.5, 1.0
+    for weight in (few, torch.randn(5, 5)):  # pair by pair; in blocks
+        results = []
+
+        def by_image(net=net, batch=batch):
+            return torch.cat([net.similarity(*net(without(batch, i))) for i in range(5)])
+
+        for score in (lambda net=net, batch=batch: net.similarity(*net(batch)), by_image):
+            net.zero_grad()
+            scores = score()
+            (scores * weight).sum().backward()
+            grads = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
+            results.append((scores.detach(), grads))
+        (got, got_grads), (want, want_grads) = results
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        assert got_grads.keys() == want_grads.keys()
+        for name, grad in got_grads.items():
+            scale = float(want_grads[name].abs().max())
+            torch.testing.assert_close(
+                grad, want_grads[name], rtol=1e-3, atol=1e-4 * max(scale, 0.1), msg=name
+            )
+        everything = {name: x for name, x in batch.items() if name != "inside"}
+        assert not torch.allclose(net.similarity(*net(everything)), got, atol=1e-3)
+
+
+@pytest.mark.parametrize("system", ["scan", "gsmn", "pfan", "pfan_whole", "chan"])
+def test_a_run_with_drop_ends_and_resumes_exactly(tiny_positions, system):
+    flags = {"model": system, "drop": True, "num_epochs": 3}
+    flags |= {"num_block": 4, "feat_dim": 4} if system == "gsmn" else {}
+    if system == "pfan_whole":
+        flags |= {"need_box_whole": True, "cross_attn": "t2i"}
+    train.main(train_args(**flags, model_name="whole", logger_name="whole"))
+    train.main(train_args(**flags | {"num_epochs": 1}))
+    train.main(train_args(**flags, resume="run/checkpoint_0.pth.tar"))
+    whole, parts = read_log("whole"), read_log("run")
+    for record in (*whole, *parts):
+        del record["seconds"], record["peak_mib"]
+    assert whole == parts
+
+
+def test_a_run_without_drop_cannot_go_on_with_it(tiny):
+    train.main(train_args(num_epochs=1))
+    with pytest.raises(ValueError, match="--drop: the vocabulary has no <mask>"):
+        train.main(train_args(num_epochs=2, drop=True, resume="run/checkpoint_0.pth.tar"))
