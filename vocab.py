@@ -14,7 +14,7 @@ from pathlib import Path
 
 import nltk
 
-from util.cli import InputError, progress, run
+from util.cli import InputError, progress, replacing, run
 
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
 PUNKT, ONE_SENTENCE, JIEBA = "punkt", "one_sentence", "jieba"
@@ -126,10 +126,9 @@ def serialize_vocab(vocab: Vocabulary, dest: str | os.PathLike) -> None:
     """Write a vocabulary as JSON, whole or not at all."""
     if os.path.isdir(dest):
         raise InputError(f"{dest}: a folder; name the vocabulary file itself")
-    part = Path(f"{dest}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    part.write_text(json.dumps(vocab.state_dict()), encoding="utf-8")
-    os.replace(part, dest)
+    Path(dest).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(dest) as part:
+        Path(part).write_text(json.dumps(vocab.state_dict()), encoding="utf-8")
 
 
 def deserialize_vocab(src: str | os.PathLike) -> Vocabulary:

@@ -36,7 +36,7 @@ from options import COUNT, FROM_0, POSITIVE
 from scripts.benchmark import machine
 from util import positions
 from util.arrays import open_array, read_sizes
-from util.cli import InputError, run
+from util.cli import InputError, replacing, run
 from vocab import read_captions
 
 PROTOCOL = (
@@ -167,10 +167,10 @@ def one_run(system: str, seed: int, data: list[str], opt: argparse.Namespace) ->
     result |= {"rsum": metrics["rsum"], "parameters": weights}
     result |= {"train_minutes": sum(epoch["seconds"] for epoch in log) / 60}
     result |= {"test_seconds": seconds, "peak_mib": max(epoch["peak_mib"] for epoch in log)}
-    part = folder / "result.json.part"
-    part.write_text(json.dumps(result | {"asked": asked}))
-    os.replace(part, done)
-    return result | {"asked": asked}
+    result["asked"] = asked
+    with replacing(done) as part:
+        Path(part).write_text(json.dumps(result))
+    return result
 
 
 def table(results: list[dict], opt: argparse.Namespace) -> str:

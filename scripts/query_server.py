@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from options import COUNT
-from util.cli import InputError, progress, run
+from util.cli import InputError, progress, replacing, run
 from util.convert_data import FIELDS
 
 TEXT = {"tag": "Tag", "sentence": "Content"}
@@ -178,13 +178,11 @@ def main(argv: list[str] | None = None) -> None:
 
     pool = ThreadPoolExecutor(opt.clients)
     try:
-        with open(f"{opt.out}.part", "w", encoding="utf-8") as out:
+        with replacing(opt.out) as part, open(part, "w", encoding="utf-8") as out:
             for line in progress(pool.map(answer, range(len(queries))), "queries", len(queries)):
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
-        os.replace(f"{opt.out}.part", opt.out)
     finally:
         pool.shutdown(cancel_futures=True)
-        Path(f"{opt.out}.part").unlink(missing_ok=True)
     print(f"{opt.out}: {len(queries)} queries")
 
 

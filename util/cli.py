@@ -1,7 +1,9 @@
 """What every script of the project shares: one clear line for bad input, a bar for long work."""
 
+import contextlib
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
@@ -25,6 +27,22 @@ def run(main: Callable[[], None]) -> None:
         message = str(error).strip().rpartition("InputError: ")[2]
         print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike, suffix: str = ".part") -> Iterator[str]:
+    """A name to write to beside `path`: renamed to it at the end, removed on an error.
+
+    So the file is there whole or not at all, and an older one stays until then.
+    """
+    part = f"{os.fspath(path)}{suffix}"
+    try:
+        yield part
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(part)
+        raise
 
 
 def say(line: str) -> None:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # run by its path
 
-from util.cli import InputError, progress, run  # noqa: E402
+from util.cli import InputError, progress, replacing, run  # noqa: E402
 from vocab import Vocabulary, deserialize_vocab, read_captions, tokenize  # noqa: E402
 
 CHUNK = 1000  # captions between two writes of what is done
@@ -210,10 +210,9 @@ def read_part(path: str, key: str) -> list[list[list[int]]]:
 
 
 def write(path: str, text: str) -> None:
-    """Write a file whole or not at all."""
-    with open(f"{path}.new", "w", encoding="utf-8") as file:
+    """Write a file whole or not at all; its .part is what is done of it, see above."""
+    with replacing(path, ".new") as new, open(new, "w", encoding="utf-8") as file:
         file.write(text)
-    os.replace(f"{path}.new", path)
 
 
 def main(argv: list[str] | None = None) -> None:

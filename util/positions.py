@@ -19,7 +19,7 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # run by its path
 
 from util.arrays import open_array, read_sizes  # noqa: E402
-from util.cli import InputError, progress, run  # noqa: E402
+from util.cli import InputError, progress, replacing, run  # noqa: E402
 
 SPLITS = ("train", "dev", "test", "testall")
 
@@ -71,14 +71,13 @@ def convert(
         )
     sizes = read_sizes(f"{stem}_ims_size.npy", len(boxes))  # (N, 2)
     shape = *boxes.shape[:2], 2 * n_blocks + with_area
-    part = f"{stem}_boxes.npy.part"
     if boxes[:256].max(initial=0) <= 1:
         print(
             f"warning: {stem}_ims_bbx.npy: expected left, top, right, bottom in pixels, but no "
             "number is above 1: are they parts of the image already?"
         )
     without = 0
-    try:
+    with replacing(f"{stem}_boxes.npy") as part:
         out = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape)
         for start in progress(range(0, len(boxes), chunk), os.path.basename(stem)):
             some = np.asarray(boxes[start : start + chunk], np.float64)
@@ -89,11 +88,6 @@ def convert(
             without += int((found[..., 0] == split_size**2).sum())
             out[start : start + chunk] = found
         out.flush()
-        os.replace(part, f"{stem}_boxes.npy")
-    except BaseException:
-        if os.path.isfile(part):
-            os.remove(part)
-        raise
     return len(boxes), without
 
 
