@@ -248,15 +248,19 @@ class CHAN(Encoders):
         alpha: float = 0.1,
         belta: float = 0.1,
         mask_dropped: bool = False,
+        text_encoder: nn.Module | None = None,
     ):
         super().__init__()
         choose(CODING, coding_type, "coding_type")
         choose(POOLING, pooling_type, "pooling_type")
         self.img_enc = AttendingImages(img_dim, embed_size, precomp_enc_type, no_imgnorm)
-        self.txt_enc = EncoderText(vocab_size, word_dim, embed_size, num_layers, True, no_txtnorm)
-        nn.init.xavier_uniform_(self.txt_enc.embed.weight)
-        # In the published checkpoints, and read by nothing.
-        self.txt_enc.fc = nn.Linear(embed_size, embed_size).requires_grad_(False)
+        if text_encoder is None:
+            sizes = vocab_size, word_dim, embed_size, num_layers
+            text_encoder = EncoderText(*sizes, True, no_txtnorm)
+            nn.init.xavier_uniform_(text_encoder.embed.weight)
+            # In the published checkpoints, and read by nothing.
+            text_encoder.fc = nn.Linear(embed_size, embed_size).requires_grad_(False)
+        self.txt_enc = text_encoder
         self.sim_enc = self.criterion = nn.Identity()
         self.how = Coding(coding_type, pooling_type, alpha, belta)
         self.mask_dropped = mask_dropped

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 import options
+from bert import EncoderTextBert, WordPieces, infer_config
 from chan import CHAN
 from gsmn import GSMN
 from model import SCAN
@@ -41,6 +42,8 @@ PARTS = {
     "pfan_whole": ("img_enc", "txt_enc"),
     "chan": ("img_enc", "txt_enc", "sim_enc", "criterion"),
 }
+
+PIECES = "bert.embeddings.word_embeddings.weight"  # in place of embed.weight
 
 # GSMN's convolutions under the names of its later revision.
 RENAMED = {"vGNN.": "graph_convolution_1.", "tGNN.": "graph_convolution_3."}
@@ -61,8 +64,11 @@ def build_model(opt: argparse.Namespace, vocab_size: int) -> nn.Module:
     for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         takes |= inspect.signature(base).parameters.keys()
     names = takes & options.defaults(opt.model).keys()
+    given = {name: getattr(opt, name) for name in names}
+    if opt.text_enc_type == "bert":
+        given["text_encoder"] = EncoderTextBert(opt.bert_config, opt.embed_size, opt.no_txtnorm)
     try:
-        return kind(vocab_size, **{name: getattr(opt, name) for name in names})
+        return kind(vocab_size, **given)
     except ValueError as error:  # an unknown variant, named by the model
         raise InputError(f"--{str(error).removeprefix('unknown ')}") from None
 
@@ -113,15 +119,17 @@ def read_architecture(states: list[dict]) -> dict:
     """The options that the names and shapes of the weights tell."""
     image, text, *graphs = states
     weight = image.get("fc.weight", image.get("fc.weight_v"))
-    layers = [key for key in text if key.startswith("rnn.weight_ih") and "reverse" not in key]
     known = {
         "img_dim": weight.shape[1],
         "embed_size": weight.shape[0],
-        "word_dim": text["embed.weight"].shape[1],
-        "num_layers": len(layers),
-        "bi_gru": "rnn.weight_ih_l0_reverse" in text,
         "precomp_enc_type": "weight_norm" if "fc.weight_v" in image else "basic",
     }
+    if PIECES in text:
+        known |= {"text_enc_type": "bert", "bert_config": infer_config(text)}
+    else:
+        layers = [key for key in text if key.startswith("rnn.weight_ih") and "reverse" not in key]
+        known |= {"word_dim": text["embed.weight"].shape[1], "num_layers": len(layers)}
+        known["bi_gru"] = "rnn.weight_ih_l0_reverse" in text
     if "position_embedding.weight" in image:
         rows, known["position_embed_size"] = image["position_embedding.weight"].shape
         known["split_size"] = math.isqrt(rows - 1)
@@ -129,7 +137,7 @@ def read_architecture(states: list[dict]) -> dict:
         if "fc_whole.weight" not in image:
             known["position"] = "attention" if "fc_att.weight" in image else "only"
     if recognise(states) == "chan":
-        known.pop("bi_gru")
+        known.pop("bi_gru", None)
         known["precomp_enc_type"] = "basic"
         if any(name.startswith("feedforward.") for name in image):
             mlp = "feedforward.mlp.c_fc.weight" in image
@@ -167,13 +175,13 @@ def load(path: str, device: str | torch.device = "cpu") -> dict:
     check_contents(checkpoint, path)
     checkpoint["model"] = [
         OrderedDict(
-            (re.sub(r"^[vt]GNN\.", lambda m: RENAMED[m[0]], key), x) for key, x in state.items()
+            (re.sub(r"^[vt]GNN\.", lambda m: RENAMED[m[0]], key), x)
+            for key, x in state.items()
+            if key != "bert.embeddings.position_ids"  # 0, 1, ...: stored by transformers once
         )
         for state in checkpoint["model"]
     ]
     system = recognise(checkpoint["model"])
-    if system == "chan" and any(name.startswith("bert.") for name in checkpoint["model"][1]):
-        raise InputError(f"{path}: CHAN with BERT, which this version cannot run yet")
     if system != "scan" and "run" not in checkpoint:
         checkpoint["epoch"] = checkpoint.get("epoch", 0) - 1  # published: how many are finished
     filled = options.defaults(system)
@@ -212,7 +220,7 @@ def check_contents(checkpoint: dict, path: str) -> None:
         ):
             what = "dicts of tensors in 'model'"
         elif not {"fc.weight", "fc.weight_v"} & states[0].keys() or (
-            "embed.weight" not in states[1] and len(states) == 2
+            not {"embed.weight", PIECES} & states[1].keys() and len(states) == 2
         ):
             what = "weights named fc.weight and embed.weight in the first two state dicts"
         elif not isinstance(checkpoint.get("epoch", -1), numbers.Integral):
@@ -251,16 +259,19 @@ def as_read(vocab: Vocabulary, opt: argparse.Namespace) -> Vocabulary:
 
 def find_vocab(
     checkpoint: dict, path: str, vocab_path: str | os.PathLike | None = None
-) -> Vocabulary:
+) -> Vocabulary | WordPieces:
     """The vocabulary a checkpoint was trained with.
 
     Looked for in the checkpoint itself, at `vocab_path` (a folder or a file), in the folder that
     its options name, from here and from the project. A checkpoint belongs to its vocabulary: raises
     InputError where one at `vocab_path` differs from the checkpoint's own, or has not as many words
-    as the word embedding has rows.
+    as the word embedding has rows. BERT's pieces, if they are not in the checkpoint, are looked for
+    at `vocab_path`, then at `bert_path` of its options.
     """
     opt = checkpoint["opt"]
     own, stored = None, checkpoint.get("vocab")
+    if opt.text_enc_type == "bert":
+        return find_pieces(stored, path, vocab_path or opt.bert_path, opt.bert_config["vocab_size"])
     if stored is None and isinstance(getattr(opt, "word2idx", None), dict):
         stored = {"word2idx": opt.word2idx}  # published CHAN, if it started from word vectors
     if stored is not None:
@@ -285,6 +296,18 @@ def find_vocab(
             "give --vocab_path the folder of the vocabulary that the checkpoint came with"
         )
     return own or vocab
+
+
+def find_pieces(stored: dict | None, path: str, bert_path: str, rows: int) -> WordPieces:
+    """The WordPiece tokens of a checkpoint, or those of the BERT at `bert_path`."""
+    if stored is None:
+        pieces, path = WordPieces.read(bert_path), bert_path
+    else:
+        text = stored.get("tokenizer_json") if isinstance(stored, dict) else None
+        pieces = WordPieces(text if isinstance(text, str) else "", path)
+    if len(pieces) > rows:
+        raise InputError(f"{path}: {len(pieces)} WordPiece tokens, but BERT has rows for {rows}")
+    return pieces
 
 
 def load_model(

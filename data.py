@@ -110,7 +110,7 @@ class PrecompDataset(Dataset):
     def __init__(self, data_path: str, data_split: str, vocab: Vocabulary, img_dim: int):
         stem = os.path.join(data_path, data_split)
         self.path = f"{stem}_ims.npy"
-        text = self._caption_file(stem)
+        text = self._caption_file(stem, vocab)
         captions = read_captions(text)
         self.images = open_array(self.path, ndim=3)  # (rows, R, F)
         rows, _, found = self.images.shape
@@ -163,7 +163,7 @@ class PrecompDataset(Dataset):
                 "that of other captions?"
             )
 
-    def _caption_file(self, stem: str) -> str:
+    def _caption_file(self, stem: str, vocab: Vocabulary) -> str:
         return f"{stem}_caps.txt"
 
     def _word_ids(
@@ -307,7 +307,7 @@ class WholeDataset(PositionDataset):
         several = data_split.startswith("test") and rows > captions and rows % captions == 0
         return rows // captions if several else 1
 
-    def _caption_file(self, stem: str) -> str:
+    def _caption_file(self, stem: str, vocab: Vocabulary) -> str:
         path = f"{stem}_sent_caps.txt"
         if os.path.isfile(path):
             return path
@@ -319,7 +319,7 @@ class WholeDataset(PositionDataset):
                 f"{path}: no such file, but there is {others[0]}: the splits must have one kind of "
                 "captions"
             )
-        return super()._caption_file(stem)
+        return super()._caption_file(stem, vocab)
 
     def _check_blocks(self, rows: int, regions: int) -> None:
         if self.need_box_whole and self.blocks.shape[1] == regions - 1:
@@ -366,9 +366,9 @@ class GraphDataset(PrecompDataset):
     ):
         super().__init__(data_path, data_split, vocab, img_dim)
         stem = os.path.join(data_path, data_split)
-        text = super()._caption_file(stem)
+        text = super()._caption_file(stem, vocab)
         if self.precomputed and os.path.isfile(text):  # published data may lack the captions
-            self._compare_ids(self._caption_file(stem), text, vocab)
+            self._compare_ids(self._caption_file(stem, vocab), text, vocab)
         rows, regions, _ = self.images.shape
         self.box_path = f"{stem}_ims_bbx.npy"
         if not os.path.isfile(self.box_path):
@@ -406,10 +406,10 @@ class GraphDataset(PrecompDataset):
                 "width, height?"
             )
 
-    def _caption_file(self, stem: str) -> str:
+    def _caption_file(self, stem: str, vocab: Vocabulary) -> str:
         path = f"{stem}_precaps_stan.txt"
-        self.precomputed = os.path.isfile(path)
-        return path if self.precomputed else super()._caption_file(stem)
+        self.precomputed = os.path.isfile(path) and not vocab.pieces
+        return path if self.precomputed else super()._caption_file(stem, vocab)
 
     def _word_ids(
         self, captions: Iterable[str], path: str, vocab: Vocabulary

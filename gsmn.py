@@ -367,6 +367,7 @@ class GSMN(Encoders):
         out_dim: int = 1,
         is_sparse: bool = False,
         neighbours: bool = False,
+        text_encoder: nn.Module | None = None,
     ):
         super().__init__()
         if embed_size % num_block:
@@ -381,7 +382,9 @@ class GSMN(Encoders):
         if hid_dim % KERNELS:
             raise ValueError(f"hid_dim {hid_dim}: expected a multiple of the {KERNELS} kernels")
         self.img_enc = EncoderImage(img_dim, embed_size, precomp_enc_type, no_imgnorm)
-        self.txt_enc = EncoderText(vocab_size, word_dim, embed_size, num_layers, bi_gru, no_txtnorm)
+        self.txt_enc = text_encoder or EncoderText(
+            vocab_size, word_dim, embed_size, num_layers, bi_gru, no_txtnorm
+        )
         self.visual_graph = VisualGraph(feat_dim, hid_dim, out_dim)
         self.textual_graph = TextualGraph(feat_dim, hid_dim, out_dim)
         self.how = Matching(num_block, lambda_softmax, neighbours)

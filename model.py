@@ -495,7 +495,10 @@ class Encoders(nn.Module):
 
 
 class SCAN(Encoders):
-    """Region and word encoders, and their stacked cross attention score."""
+    """Region and word encoders, and their stacked cross attention score.
+
+    `text_encoder` is one made already, such as BERT's, in place of the GRU.
+    """
 
     compile_scores = staticmethod(compile_scores)
     FOCUS = {"t2i": 0.0, "i2t": 0.0}  # of CrossAttention, for each direction
@@ -517,10 +520,13 @@ class SCAN(Encoders):
         lambda_softmax: float = 9.0,
         lambda_lse: float = 6.0,
         image_encoder: Callable[..., nn.Module] = EncoderImage,
+        text_encoder: nn.Module | None = None,
     ):
         super().__init__()
         self.img_enc = image_encoder(img_dim, embed_size, precomp_enc_type, no_imgnorm)
-        self.txt_enc = EncoderText(vocab_size, word_dim, embed_size, num_layers, bi_gru, no_txtnorm)
+        self.txt_enc = text_encoder or EncoderText(
+            vocab_size, word_dim, embed_size, num_layers, bi_gru, no_txtnorm
+        )
         words_query = choose({"t2i": True, "i2t": False}, cross_attn, "cross_attn")
         choose(RAW_FEATURE_NORM, raw_feature_norm, "raw_feature_norm")
         choose(AGG_FUNC, agg_func, "agg_func")

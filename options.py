@@ -36,7 +36,7 @@ OWN = {
     ("pfan",): ("position",),
     ("chan",): (
         *("coding_type", "pooling_type", "alpha", "belta", "criterion", "temperature"),
-        "mask_dropped",
+        *("embedding_warmup_epochs", "input_scale_factor", "mask_dropped"),
     ),
     ("pfan_whole",): ("lambda_whole", "need_box_whole"),
 }
@@ -50,6 +50,7 @@ def fraction(text: str) -> float:
     return value
 
 
+UNUSED = ("embedding_warmup_epochs", int, 2), ("input_scale_factor", float, 1.0)
 COUNT, FROM_0 = number(int, 1), number(int, 0)
 POSITIVE, NOT_NEGATIVE = number(float, 0, strict=True), number(float, 0)
 
@@ -101,7 +102,18 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument(
         "--batch_size", default=128, type=COUNT, help="pairs a step, over all processes"
     )
-    training.add_argument("--learning_rate", default=0.0002, type=NOT_NEGATIVE, help="of Adam")
+    training.add_argument(
+        "--learning_rate",
+        default=0.0002,
+        type=NOT_NEGATIVE,
+        help="of Adam; CHAN: AdamW; with BERT: AdamW, BERT's own weights at a tenth of the rate",
+    )
+    training.add_argument(
+        "--optim",
+        default="adam",
+        choices=["adam", "sgd"],
+        help="CHAN's published flag; sgd has momentum 0.9 and one rate",
+    )
     training.add_argument(
         "--lr_update", default=15, type=COUNT, help="epochs after which the rate falls ten times"
     )
@@ -158,7 +170,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="basic | weight_norm; CHAN: basic | selfattention | transformer",
     )
     model.add_argument(
-        "--text_enc_type", default="bigru", choices=["bigru"], help="CHAN's published flag"
+        "--text_enc_type",
+        default="bigru",
+        choices=["bigru", "bert"],
+        help="bigru (the GRU of --bi_gru; CHAN's has two directions always) | bert (pip install "
+        "transformers)",
+    )
+    model.add_argument(
+        "--bert_path",
+        default="bert-base-uncased",
+        metavar="PATH",
+        help="folder of a pretrained BERT, or its name, to be downloaded",
     )
     model.add_argument(
         "--wemb_type",
@@ -246,6 +268,10 @@ def build_parser() -> argparse.ArgumentParser:
         "with or without --max_violation; or InfoNCE",
     )
     chan.add_argument("--temperature", default=0.01, type=POSITIVE, help="of InfoNCELoss")
+    for name, kind, default in UNUSED:
+        chan.add_argument(
+            f"--{name}", default=default, type=kind, help="published, and read by nothing there too"
+        )
     chan.add_argument(
         "--mask_dropped",
         action="store_true",
@@ -264,6 +290,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         for name in names:
             if system not in owners and getattr(opt, name) != parser.get_default(name):
                 parser.error(f"--{name} is for --model {' | '.join(owners)}, not {system}")
+    if opt.text_enc_type == "bert":
+        if opt.is_sparse:
+            parser.error("--is_sparse: its pairs are of words, BERT's captions are pieces of words")
+        if opt.wemb_type or opt.wemb_path:
+            parser.error("--wemb_type and --wemb_path are for the words of a GRU, not for BERT's")
     return opt
 
 

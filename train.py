@@ -24,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import checkpoint as ckpt
 import options
+from bert import WordPieces, read_config
 from chan import InfoNCELoss
 from data import Drop, PrecompDataset, get_train_loader, open_split
 from evaluation import (
@@ -38,7 +39,7 @@ from evaluation import (
 )
 from model import ContrastiveLoss
 from util import distributed
-from util.cli import InputError, progress, run, say
+from util.cli import InputError, progress, replacing, run, say
 from util.memory import peak_mib
 from util.word_vectors import read_vectors
 from vocab import Vocabulary, deserialize_vocab
@@ -141,6 +142,8 @@ def fit(opt: argparse.Namespace, device: torch.device) -> None:
     resumed = ckpt.load(opt.resume) if opt.resume else None
     vocab = read_vocab(opt, resumed)
     opt.vocab_size = len(vocab)
+    if opt.text_enc_type == "bert":  # kept in the checkpoints, which then need no folder of BERT's
+        opt.bert_config = resumed["opt"].bert_config if resumed else read_config(opt.bert_path)
     folder = find_data(opt.data_path, opt.data_name, opt.model)
     train_set = open_split(folder, "train", vocab, opt)
     if opt.drop:
@@ -154,9 +157,7 @@ def fit(opt: argparse.Namespace, device: torch.device) -> None:
     model = ckpt.build_model(opt, len(vocab)).to(device)
     if opt.compile:
         model.compile_scores()
-    # CHAN's weights decay by AdamW's default, 0.01, as published.
-    kind = torch.optim.AdamW if opt.model == "chan" else torch.optim.Adam
-    optimizer = kind(model.parameters(), lr=opt.learning_rate, fused=True)
+    optimizer = make_optimizer(model, opt)
     # Where the run stands: epoch under way, batches of it done, their losses, steps in all, whether
     # a validation is due before the next one, best score.
     at = {"epoch": 0, "batch": 0, "loss_sum": 0.0, "loss_count": 0}
@@ -168,6 +169,8 @@ def fit(opt: argparse.Namespace, device: torch.device) -> None:
         print(f"=> loaded {opt.resume}: epoch {at['epoch']}, best rsum {at['best_rsum']:.1f}")
     elif opt.wemb_type or opt.wemb_path:
         start_from_vectors(model, vocab, opt)
+    elif opt.text_enc_type == "bert":
+        model.txt_enc.start_from(opt.bert_path)
     fresh = resumed is None or opt.reset_start_epoch
     del resumed
     encoder = DistributedDataParallel(model) if world > 1 else model
@@ -245,6 +248,26 @@ def fit(opt: argparse.Namespace, device: torch.device) -> None:
             stop.restore()
 
 
+def make_optimizer(model: nn.Module, opt: argparse.Namespace) -> torch.optim.Optimizer:
+    """Adam; for CHAN, and for all with BERT, AdamW, as published for CHAN.
+
+    CHAN's weights decay by AdamW's default, 0.01, those of a model with BERT by 1e-4. A group's
+    `scale` is its part of the learning rate: BERT's own weights learn at a tenth of it.
+    """
+    if opt.optim == "sgd":
+        groups = [{"params": list(model.parameters()), "scale": 1.0}]
+        return torch.optim.SGD(groups, lr=opt.learning_rate, momentum=0.9, fused=True)
+    if opt.text_enc_type == "bert":
+        bert = list(model.txt_enc.bert.parameters())
+        among = {id(p) for p in bert}
+        others = [p for p in model.parameters() if id(p) not in among]
+        groups = [{"params": others, "scale": 1.0}, {"params": bert, "scale": 0.1}]
+        return torch.optim.AdamW(groups, lr=opt.learning_rate, weight_decay=1e-4, fused=True)
+    groups = [{"params": list(model.parameters()), "scale": 1.0}]
+    kind = torch.optim.AdamW if opt.model == "chan" else torch.optim.Adam
+    return kind(groups, lr=opt.learning_rate, fused=True)
+
+
 def train_epoch(
     model: nn.Module,
     encoder: nn.Module,
@@ -264,7 +287,7 @@ def train_epoch(
     epoch = at["epoch"]
     lr = opt.learning_rate * 0.1 ** (epoch // opt.lr_update)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("scale", 1.0)  # a checkpoint of before has none
     hardest = opt.max_violation or opt.model == "chan"
     criterion = ContrastiveLoss(opt.margin, hardest and epoch >= opt.vse_mean_warmup_epochs)
     if opt.criterion == "InfoNCELoss":
@@ -361,8 +384,15 @@ def validate(
     return tags
 
 
-def read_vocab(opt: argparse.Namespace, resumed: dict | None) -> Vocabulary:
-    """The vocabulary file of the options; a resumed checkpoint must agree with it."""
+def read_vocab(opt: argparse.Namespace, resumed: dict | None) -> Vocabulary | WordPieces:
+    """The vocabulary file of the options, or BERT's; a resumed checkpoint must agree with it."""
+    if resumed and resumed["opt"].text_enc_type != opt.text_enc_type:
+        kind = resumed["opt"].text_enc_type
+        raise InputError(f"{opt.resume}: give --text_enc_type {kind}, as it was trained with")
+    if opt.text_enc_type == "bert":
+        if resumed:
+            return ckpt.find_vocab(resumed, opt.resume, opt.bert_path)
+        return WordPieces.read(opt.bert_path)
     path = ckpt.vocab_file(opt, opt.vocab_path)
     if resumed is None:
         return ckpt.as_read(deserialize_vocab(path), opt)
@@ -395,15 +425,14 @@ def forget_epochs_from(epoch: int, path: str) -> None:
         lines = log.readlines()
     kept = [line for line in lines if json.loads(line)["epoch"] < epoch]
     if len(kept) < len(lines):
-        with open(f"{path}.part", "w") as log:
+        with replacing(path) as part, open(part, "w") as log:
             log.writelines(kept)
-        os.replace(f"{path}.part", path)
 
 
 # Options that do not change what a resumed run computes.
 FREE = {"data_path", "vocab_path", "workers", "device", "model_name", "logger_name", "log_step"}
 FREE |= {"val_step", "resume", "reset_start_epoch", "num_epochs", "model", "vocab_size", "compile"}
-FREE |= {"wemb_type", "wemb_path"}
+FREE |= {"wemb_type", "wemb_path", "bert_path", "bert_config"}
 
 
 def restore(
@@ -427,6 +456,8 @@ def restore(
             "notice: a published checkpoint holds no optimizer or random state: both start afresh"
         )
         return
+    if "optim" in changed:
+        raise InputError(f"{opt.resume}: --optim cannot change on the way; --reset_start_epoch may")
     run_state = resumed["run"]
     moved = {"batch_size", "seed"} & set(changed) or run_state.get("n_captions") != n_captions
     if run_state.get("batch") and moved:

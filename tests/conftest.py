@@ -10,6 +10,8 @@ import pytest
 import vocab
 from util import positions
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test asks the network
+
 WORDS = "red green blue tall small dog cat man bird car runs sits flies stands".split()
 GOLDEN = sorted((Path(__file__).parent / "golden").iterdir())
 

@@ -1,0 +1,335 @@
+"""BERT for the words: a small random one in a local folder, for every system."""
+
+import argparse
+import builtins
+import json
+import os
+import pickle
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import bert
+import checkpoint as ckpt
+import evaluation
+import options
+import train
+from bert import EncoderTextBert, WordPieces
+from data import Drop, collate_fn, open_split
+from model import l2norm
+from tests.conftest import WORDS, read_log, train_args
+from util.cli import InputError
+
+transformers = pytest.importorskip("transformers")
+SPECIAL = "[PAD] [UNK] [CLS] [SEP] [MASK]".split()
+# Whole words, and words that must be put together.
+PIECES = [*SPECIAL, "a", ".", ",", "'", "un", "##able", "##s", "##ing", "run", "##n", "cafe"]
+PIECES += [*WORDS[:8], "b", "##ird", "c", "##ar", "s", "##it", "f", "##lies", "st", "##and", "man"]
+SIZES = dict(
+    vocab_size=len(PIECES),
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=24,
+    max_position_embeddings=32,
+)
+SYSTEMS = ["scan", "gsmn", "pfan", "pfan_whole", "chan"]
+
+
+def write_bert(folder, **more):
+    """A random BERT as the library saves it, and vocab.txt."""
+    torch.manual_seed(3)
+    model = transformers.BertModel(transformers.BertConfig(**SIZES | more))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 0, 0.3)
+    model.save_pretrained(folder)
+    (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in PIECES))
+    return model.eval()
+
+
+@pytest.fixture
+def little(tmp_path):
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    return folder, write_bert(folder)
+
+
+def flags(system="scan", **more):
+    given = {"model": system, "text_enc_type": "bert", "bert_path": "bert", "learning_rate": 0.001}
+    given |= {"num_block": 4, "feat_dim": 4} if system == "gsmn" else {}
+    return train_args(**given | more)
+
+
+CAPTIONS = [
+    "A dogs running, unable.",
+    "  Café  RUNNING!!  zebra's un-able ",
+    "a man 's cats [MASK] \u4e2d\u6587 birds\tflies",
+    "",
+    "unable" * 40,
+]
+
+
+def test_pieces_are_those_of_the_library(little):
+    folder, _ = little
+    pieces = WordPieces.read(folder)
+    theirs = transformers.BertTokenizer.from_pretrained(str(folder))
+    for caption in CAPTIONS:
+        assert pieces.encode(caption) == theirs(caption).input_ids
+    assert len(pieces) == len(PIECES)
+    ids = pieces.encode("A dogs running")
+    tokens = ["[CLS]", "a", "dog", "##s", "run", "##n", "##ing", "[SEP]"]
+    assert [PIECES[i] for i in ids] == tokens
+    again = WordPieces(pieces.state_dict()["tokenizer_json"], "x")
+    assert [again.encode(c) for c in CAPTIONS] == [pieces.encode(c) for c in CAPTIONS]
+
+
+def test_a_cased_bert_stays_cased(little):
+    folder, _ = little
+    (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": False}))
+    pieces = WordPieces.read(folder)
+    theirs = transformers.BertTokenizer.from_pretrained(str(folder))
+    assert pieces.encode("A dog") == theirs("A dog").input_ids
+    assert PIECES[pieces.encode("A dog")[1]] == "[UNK]"
+
+
+def test_words_are_the_last_hidden_states_through_a_linear_layer(little):
+    folder, model = little
+    torch.manual_seed(0)
+    encoder = EncoderTextBert(bert.read_config(str(folder)), 8).eval()
+    encoder.start_from(str(folder))
+    lengths = torch.tensor([3, 6, 1])
+    captions = torch.randint(5, len(PIECES), (3, 6))
+    captions[torch.arange(6) >= lengths[:, None]] = 0
+    words, sentence = encoder.words_and_sentence(captions, lengths)
+    assert torch.equal(encoder(captions, lengths), words)
+    for k, n in enumerate(lengths.tolist()):  # alone, without padding
+        with torch.no_grad():
+            hidden = model(captions[k : k + 1, :n])[0][0]
+        want = hidden @ encoder.linear.weight.T + encoder.linear.bias
+        torch.testing.assert_close(words[k, :n], l2norm(want, -1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sentence[k], want[0], rtol=1e-5, atol=1e-5)
+        assert not words[k, n:].any()
+    with pytest.raises(InputError, match="a caption of 33 pieces, but this BERT reads 32"):
+        encoder(torch.ones(1, 33, dtype=torch.long), torch.tensor([33]))
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_training_resuming_and_evaluating(tiny_positions, little, system, capsys):
+    """A resumed run equals an unbroken one, dropout included, and needs no folder of BERT's."""
+    more = {"num_epochs": 2, "drop": True}
+    train.main(flags(system, **more, model_name="whole", logger_name="whole"))
+    train.main(flags(system, **more | {"num_epochs": 1}))
+    shutil.rmtree("bert")
+    train.main(flags(system, **more, resume="run/checkpoint_0.pth.tar"))
+    whole, parts = read_log("whole"), read_log("run")
+    for record in (*whole, *parts):
+        del record["seconds"], record["peak_mib"]
+    assert whole == parts
+    state = ckpt.load("run/checkpoint_1.pth.tar")
+    assert state["opt"].text_enc_type == "bert" and state["opt"].model == system
+    kept = state["opt"].bert_config
+    assert {name: kept[name] for name in SIZES} == SIZES
+    assert kept["hidden_dropout_prob"] == 0.1
+    evaluation.evalrank("run/checkpoint_1.pth.tar", split="dev")
+    said = capsys.readouterr().out
+    i2t = [f"{whole[1][name]:.1f}" for name in evaluation.METRICS]
+    assert f"Image to text: {' '.join(i2t)}" in said
+
+
+def test_training_starts_from_the_pretrained_weights(tiny, little):
+    train.main(flags("chan", num_epochs=1, learning_rate=0))
+    text = ckpt.load("run/checkpoint_0.pth.tar")["model"][1]
+    for name, x in little[1].state_dict().items():
+        assert torch.equal(text[f"bert.{name}"], x), name
+    assert set(text) == {f"bert.{n}" for n in little[1].state_dict()} | {
+        "linear.weight",
+        "linear.bias",
+    }
+
+
+def test_bert_learns_at_a_tenth_of_the_rate(tiny, little):
+    opt = options.parse(flags("chan", learning_rate=0.02))
+    opt.bert_config = bert.read_config("bert")
+    model = ckpt.build_model(opt, len(PIECES))
+    optimizer = train.make_optimizer(model, opt)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    rest, own = optimizer.param_groups
+    assert {id(p) for p in own["params"]} == {id(p) for p in model.txt_enc.bert.parameters()}
+    every = {id(p) for p in model.parameters()}
+    assert {id(p) for group in (rest, own) for p in group["params"]} == every
+    assert rest["weight_decay"] == own["weight_decay"] == 1e-4
+    steps = {}
+    for group in optimizer.param_groups:
+        group["lr"] = 0.02 * group["scale"]
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    optimizer.step()
+    for name, p in model.named_parameters():  # Adam's first step is the rate itself
+        steps[name] = float((before[name] * (1 - 1e-4 * 0.02) - p.detach()).abs().median())
+    assert steps["txt_enc.linear.weight"] == pytest.approx(0.02, rel=1e-2)
+    name = "txt_enc.bert.encoder.layer.0.attention.self.query.weight"
+    assert steps[name] == pytest.approx(0.002, rel=1e-2)
+    assert steps["txt_enc.bert.pooler.dense.weight"] == pytest.approx(0, abs=1e-5)
+
+
+def test_the_rates_reach_the_optimizer_and_fall_together(tiny, little, monkeypatch):
+    seen, step = [], torch.optim.AdamW.step
+
+    def record(self, *args, **more):
+        seen.append([group["lr"] for group in self.param_groups])
+        return step(self, *args, **more)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    train.main(flags(num_epochs=2, lr_update=1, learning_rate=0.01))
+    assert np.allclose(seen[0], [0.01, 0.001]) and np.allclose(seen[-1], [0.001, 0.0001])
+
+
+def test_a_checkpoint_as_published(tiny, little):
+    """No configuration, no tokens, a buffer that the library has dropped; heads of 64 numbers."""
+    shutil.rmtree("bert")
+    folder = tiny / "bert"
+    folder.mkdir()
+    write_bert(folder, hidden_size=128)
+    train.main(flags("chan", num_epochs=1))
+    want = evaluation.evalrank("run/checkpoint_0.pth.tar")
+    state = torch.load("run/checkpoint_0.pth.tar", weights_only=False)
+    opt = state["opt"]
+    state["opt"] = argparse.Namespace(
+        **{n: getattr(opt, n) for n in ("data_path", "data_name", "vocab_path", "batch_size")},
+        text_enc_type="bert",
+        word2idx=None,
+        vocab_size=len(PIECES),
+        wemb_type=None,
+        precomp_enc_type="basic",
+    )
+    for name in ("run", "vocab"):
+        del state[name]
+    state["model"][1]["bert.embeddings.position_ids"] = torch.arange(32)[None]
+    torch.save(state, "model_best.pth")
+    with pytest.raises(InputError, match="--bert_path bert-base-uncased, which is no folder"):
+        evaluation.evalrank("model_best.pth")
+    assert evaluation.evalrank("model_best.pth", vocab_path="bert") == want
+    train.main(flags("chan", num_epochs=2, resume="model_best.pth"))  # a published run goes on
+
+
+def test_dropping_takes_whole_words(tiny, little):
+    pieces = WordPieces.read("bert")
+    opt = options.parse(["--model", "chan", "--img_dim", "12"])
+    data = open_split(str(tiny / "data" / "tiny_precomp"), "train", pieces, opt)
+    plain = [data[i]["captions"].tolist() for i in range(len(data))]
+    data.drop = Drop(0.2, 0, pieces)
+    counts = {"mask": 0, "gone": 0, "other": 0, "of": 0}
+    for data.epoch in range(30):
+        for one, item in zip(plain, (data[i] for i in range(len(data))), strict=True):
+            got = item["captions"].tolist()
+            assert got[0] == one[0] == 2 and got[-1] == one[-1] == 3
+            words = re.findall(r"\S+(?: ##\S+)*", " ".join(PIECES[i] for i in one[1:-1]))
+            left = [PIECES[i] for i in got[1:-1]]
+            for word in words:
+                parts = word.split()
+                counts["of"] += 1
+                if left[: len(parts)] == parts:
+                    left = left[len(parts) :]
+                elif left[: len(parts)] == ["[MASK]"] * len(parts):
+                    counts["mask"] += 1
+                    left = left[len(parts) :]
+                else:  # dropped, or replaced: then what follows cannot be told from what is left
+                    counts["other"] += 1
+                    break
+    assert counts["mask"] / counts["of"] == pytest.approx(0.1, abs=0.015)
+    batch = collate_fn([data[0], data[1]])
+    assert batch["captions"].dtype == torch.long and batch["inside"].shape == (2, 4)
+
+
+def test_gsmn_reads_captions_and_not_word_ids(tiny_graphs, little):
+    pieces = WordPieces.read("bert")
+    opt = options.parse(["--model", "gsmn", "--img_dim", "12", "--text_enc_type", "bert"])
+    data = open_split(str(tiny_graphs / "data" / "tiny_precomp"), "dev", pieces, opt)
+    caption = (tiny_graphs / "data/tiny_precomp/dev_caps.txt").read_text().splitlines()[3]
+    assert data.caption_item(3)["captions"].tolist() == pieces.encode(caption)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model", "gsmn", "--is_sparse"], "--is_sparse: its pairs are of words"),
+        (["--wemb_type", "glove", "--wemb_path", "x"], "are for the words of a GRU"),
+    ],
+)
+def test_what_does_not_go_with_bert(args, message, capsys):
+    with pytest.raises(SystemExit):
+        options.parse([*args, "--text_enc_type", "bert"])
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_folders_are_named(tiny, little):
+    for path, message in (
+        ("none", "--bert_path none, which is no folder, and its files are not here: no BertTok"),
+        ("vocab", "--bert_path vocab: no "),
+    ):
+        with pytest.raises(InputError, match=re.escape(message)):
+            train.main(flags(bert_path=path))
+    os.remove("bert/model.safetensors")
+    with pytest.raises(InputError, match="--bert_path bert: no BertModel could be read"):
+        train.main(flags())
+    (tiny / "bert" / "vocab.txt").write_text("a\nb\n")
+    with pytest.raises(InputError, match="no"):
+        train.main(flags())
+    (tiny / "bert" / "vocab.txt").write_text("".join(f"{p}\n" for p in [*PIECES, "one", "two"]))
+    train_error = f"{len(PIECES) + 2} WordPiece tokens, but BERT has rows for {len(PIECES)}"
+    with pytest.raises(InputError, match=train_error):
+        train.main(flags())
+    config = json.loads((tiny / "bert" / "config.json").read_text())
+    config["model_type"] = "roberta"
+    (tiny / "bert" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="a roberta model, expected bert"):
+        train.main(flags())
+
+
+def test_the_text_encoder_of_a_run_stays(tiny, little):
+    train.main(flags(num_epochs=1))
+    with pytest.raises(InputError, match="give --text_enc_type bert, as it was trained with"):
+        train.main(train_args(num_epochs=2, resume="run/checkpoint_0.pth.tar"))
+    with pytest.raises(InputError, match="--optim cannot change on the way"):
+        train.main(flags(num_epochs=2, optim="sgd", resume="run/checkpoint_0.pth.tar"))
+    train.main(flags(num_epochs=1, optim="sgd", model_name="sgd", logger_name="sgd"))
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("owned",)
+
+
+def test_pickled_weights_run_nothing(tiny, little):
+    os.remove("bert/model.safetensors")
+    with open("bert/pytorch_model.bin", "wb") as file:
+        pickle.dump({"embeddings.word_embeddings.weight": Evil()}, file)
+    with pytest.raises(InputError, match="no BertModel could be read"):
+        train.main(flags())
+    assert not os.path.exists("owned")
+
+
+def test_code_beside_the_weights_is_not_run(tiny, little):
+    config = json.loads((tiny / "bert" / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}
+    (tiny / "bert" / "config.json").write_text(json.dumps(config))
+    (tiny / "bert" / "evil.py").write_text("import os\nos.mkdir('owned')\n")
+    train.main(flags(num_epochs=1))
+    assert not os.path.exists("owned")
+
+
+def test_without_the_library_the_error_says_how_to_get_it(tiny, monkeypatch):
+    load = builtins.__import__
+
+    def absent(name, *args, **more):
+        if name == "transformers":
+            raise ImportError(name)
+        return load(name, *args, **more)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    with pytest.raises(InputError, match="pip install transformers"):
+        train.main(flags())
