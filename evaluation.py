@@ -309,22 +309,22 @@ def find_data(data_path: str, data_name: str, system: str = "scan") -> str:
     raise FileNotFoundError(f"{tried[0]}: no such data folder; give --data_path its parent")
 
 
-def model_scores(
+def encode_split(
     model_path: str,
     data_path: str | None,
     split: str,
-    folds: int,
     vocab_path: str | None,
     device: torch.device,
     batch_size: int | None,
-    published: dict,
-) -> np.ndarray:
-    """Score matrix (N, M) of one checkpoint on one split; see evalrank."""
+    folds: int = 1,
+    **published,
+) -> tuple[nn.Module, PrecompDataset, dict[str, Tensor], list[dict[str, Tensor]]]:
+    """A checkpoint's model, and a split in its encoding; see evalrank and encode_data."""
     model, vocab, opt = ckpt.load_model(model_path, vocab_path, device)
     print("Loading dataset")
     folder = find_data(data_path or opt.data_path, opt.data_name, opt.model)
     if published:
-        published = published | {"published_boxes": opt.batch_size}
+        published["published_boxes"] = opt.batch_size
     dataset = open_split(folder, split, vocab, opt, **published)
     fewest = min(dataset.n_images, dataset.n_captions)
     if folds > fewest:
@@ -334,6 +334,17 @@ def model_scores(
     print("Computing results...")
     images, captions = encode_data(model, dataset, batch_size or opt.batch_size)
     print(f"Images: {dataset.n_images}, Captions: {dataset.n_captions}")
+    return model, dataset, images, captions
+
+
+def split_scores(
+    model: nn.Module,
+    dataset: PrecompDataset,
+    images: dict[str, Tensor],
+    captions: list[dict[str, Tensor]],
+    folds: int = 1,
+) -> np.ndarray:
+    """Score matrix (N, M) of an encoded split, of all processes; see score_matrix."""
     start = time.time()
     scores = score_matrix(model, images, captions, folds, dataset.n_captions)
     add_up(torch.from_numpy(scores))
@@ -383,16 +394,8 @@ def evalrank(
     device = pick_device(device)
     scores = None
     for path in map(os.fspath, paths):
-        part = model_scores(
-            path,
-            data_path,
-            split,
-            1 if save_path else folds,
-            vocab_path,
-            device,
-            batch_size,
-            published,
-        )
+        where = path, data_path, split, vocab_path, device, batch_size, folds
+        part = split_scores(*encode_split(*where, **published), 1 if save_path else folds)
         if scores is not None and part.shape != scores.shape:
             raise InputError(
                 f"{path}: scores {part.shape} images x captions, the models before it "
@@ -407,14 +410,11 @@ def evalrank(
     return rank_and_print(scores, fold5, scores.shape[0] > scores.shape[1])
 
 
-def eval_ensemble(
-    paths: str | Sequence[str], fold5: bool = False, candidates: bool = False
-) -> dict:
-    """Rank by the mean of saved score matrices (images, captions), and print the published lines.
+def mean_scores(paths: str | Sequence[str]) -> np.ndarray:
+    """The mean of saved score matrices (images, captions).
 
-    Files as `save_path` of evalrank writes them, or as the published programs dumped them; see
-    retrieval_metrics for `candidates`. Returns what evalrank does. Raises FileNotFoundError or
-    ValueError naming the file that does not fit.
+    Files as `save_path` of evalrank writes them, or as the published programs dumped them. Raises
+    FileNotFoundError or ValueError naming the file that does not fit.
     """
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     scores = None
@@ -434,9 +434,21 @@ def eval_ensemble(
         scores = part.astype(np.float64) if scores is None else scores + part
     if scores is None:
         raise InputError("no score matrix to evaluate")
+    return scores / len(paths)
+
+
+def eval_ensemble(
+    paths: str | Sequence[str], fold5: bool = False, candidates: bool = False
+) -> dict:
+    """Rank by the mean of saved score matrices, and print the published lines.
+
+    See mean_scores for the files, and retrieval_metrics for `candidates`. Returns what evalrank
+    does.
+    """
+    scores = mean_scores(paths)
     if fold5 and min(scores.shape) < FOLDS:
         raise InputError(f"scores of shape {scores.shape}, too few for five folds")
-    return rank_and_print(scores / len(paths), fold5, candidates)
+    return rank_and_print(scores, fold5, candidates)
 
 
 def rank_and_print(scores: np.ndarray, fold5: bool, candidates: bool) -> dict:
@@ -461,12 +473,13 @@ def rank_and_print(scores: np.ndarray, fold5: bool, candidates: bool) -> dict:
 
 
 def print_beside_paper(metrics: dict, paper: list[float]) -> None:
-    """Ours under the paper's six recalls, as a table."""
+    """Ours under the paper's six recalls, NaN where one is not known, as a table."""
     ours = [metrics[way][name] for way in ("i2t", "t2i") for name in METRICS[:3]]
     head = [f"{way} R@{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
     print(" " * 8 + "".join(f"{name:>10}" for name in head))
     for name, row in (("paper", paper), ("ours", ours)):
-        print(f"{name:<8}" + "".join(f"{value:>10.1f}" for value in row))
+        cells = ("-" if math.isnan(value) else f"{value:.1f}" for value in row)
+        print(f"{name:<8}" + "".join(f"{cell:>10}" for cell in cells))
 
 
 def main(argv: list[str] | None = None) -> None:

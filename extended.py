@@ -1,0 +1,377 @@
+"""COCO's 5,000 test images with what else is right: ECCV Caption, CxC and PMRP, beside Recall@K.
+
+    python extended.py runs/coco/model_best.pth.tar --data_path data      # the split testall
+    python extended.py A.pth.tar B.pth.tar ...                            # their mean score
+    python extended.py a.npy --ids data/coco_precomp                      # a saved score matrix
+    python extended.py --write_ids data/coco_precomp                      # the ids that it needs
+
+Most captions suit more images than the one they were written for. ECCV Caption (Chun et al., ECCV
+2022, arXiv:2204.03359) and Crisscrossed Captions, CxC (Parekh et al., EACL 2021, arXiv:2004.15020)
+are judged by people, Plausible Match (Chun et al., CVPR 2021, arXiv:2101.05068) by object classes;
+the package eccv_caption holds the first two. Letters: N images, M = k N captions.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import evaluation
+from data import PrecompDataset
+from util.cli import InputError, progress, run
+from vocab import read_captions
+
+KS = (1, 5, 10)
+PLAUSIBLE = "pm_image_to_caption.json", "pm_caption_to_image.json"
+# CxC's annotations of one modality, and from which mean of people's marks (0 to 5) two are alike.
+CXC = {"i2i": ("cxc_i2i.json", 2.5), "t2t": ("cxc_t2t.json", 3.0)}
+
+
+def package(extra_path: str | None = None):
+    """eccv_caption's Metrics, with Plausible Match's judgements if a folder holds their files."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that ujson would be faster
+            import eccv_caption
+    except ImportError:
+        raise InputError(
+            "ECCV Caption and CxC are judged by the eccv_caption package: pip install eccv_caption"
+        ) from None
+    files = [os.path.join(extra_path, name) for name in PLAUSIBLE] if extra_path else []
+    there = [path for path in files if os.path.isfile(path)]
+    if len(there) == 1:
+        (missing,) = set(files) - set(there)
+        raise InputError(f"{missing}: no such file, but {there[0]} is there; PMRP needs both")
+    return eccv_caption.Metrics(extra_file_dir=extra_path if there else None)
+
+
+def top(scores: np.ndarray, queries: Sequence[int], items: Sequence[int], k: int) -> dict:
+    """Of each row's query id the ids of the k columns that score best, best first."""
+    items, ranked = np.asarray(items), {}
+    for start in progress(range(0, len(scores), 256), "ranking"):
+        rows = torch.as_tensor(np.ascontiguousarray(scores[start : start + 256]))
+        order = rows.sort(1, descending=True, stable=True).indices[:, :k]  # (256, k)
+        ids = items[order.numpy()].tolist()
+        ranked.update(zip(queries[start : start + 256], ids, strict=True))
+    return ranked
+
+
+def coco_metrics(
+    scores: np.ndarray,
+    image_ids: Sequence[int],
+    caption_ids: Sequence[int],
+    extra_path: str | None = None,
+) -> dict[str, dict[str, float]]:
+    """What eccv_caption says of scores (N, M) of COCO's 5,000 test images, in percent.
+
+    Ids of the images (N,) and of the captions (M,), image by image. Returns {'eccv_map_at_r':
+    {'i2t', 't2i'}, 'eccv_rprecision', 'eccv_r1', 'cxc_r1', 'cxc_r5', 'cxc_r10'}, and 'pmrp' if
+    `extra_path` holds its two files. Raises InputError on ids that are not those, and on NaN.
+    """
+    judge = package(extra_path)
+    check_ids(image_ids, caption_ids, judge)
+    if np.shape(scores) != (len(image_ids), len(caption_ids)):
+        raise InputError(
+            f"scores of shape {np.shape(scores)}, but ids of {len(image_ids)} images and "
+            f"{len(caption_ids)} captions"
+        )
+    if not np.isfinite(scores).all():
+        raise InputError("a score is NaN or infinite; it has no rank")
+    truths = [judge.eccv_gts, judge.cxc_gts, *([judge.pm_gts] if judge.pm_gts else [])]
+    most = {way: max(len(x) for gts in truths for x in gts[way].values()) for way in ("i2t", "t2i")}
+    ranked = {
+        "i2t": top(scores, image_ids, caption_ids, max(most["i2t"], KS[-1])),
+        "t2i": top(np.transpose(scores), caption_ids, image_ids, max(most["t2i"], KS[-1])),
+    }
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar that cannot be turned off
+        metrics = judge.eccv_metrics(ranked, "all")
+        metrics |= {f"cxc_r{k}": judge.cxc_recalls(ranked, "all", K=k) for k in KS}
+        if judge.pm_gts:
+            metrics["pmrp"] = judge.pmrp(ranked, "all")
+    return {
+        name: {way: 100 * float(x) for way, x in both.items()} for name, both in metrics.items()
+    }
+
+
+def check_ids(image_ids: Sequence[int], caption_ids: Sequence[int], judge) -> None:
+    """Refuse ids that are not those of COCO's 5,000 test images, each caption with its image."""
+    of_image = judge.coco_gts["t2i"]
+    missing = of_image.keys() - set(caption_ids)
+    if missing or len(caption_ids) != len(of_image):
+        raise InputError(
+            f"{len(of_image) - len(missing)} of COCO's {len(of_image):,} test captions among "
+            f"{len(caption_ids)}; these figures are of all of them, the split testall"
+        )
+    k = len(caption_ids) // len(image_ids)
+    for row, caption in enumerate(caption_ids):
+        if image_ids[row // k] not in of_image[caption]:
+            raise InputError(
+                f"caption {row} (from 0) has id {caption}, which COCO wrote for image "
+                f"{of_image[caption][0]}, but its image here has id {image_ids[row // k]}: the ids "
+                "are in another order than the captions"
+            )
+
+
+def read_ids(path: str | os.PathLike) -> list[int]:
+    """A file of COCO ids, one a line."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"{path}: no such file; it holds COCO's ids, one a line, in the order of the captions "
+            "(_ids.txt: of their images). The cxc_annots of VSE-infinity and CHAN hold both; for "
+            "testall as packed for SCAN `python extended.py --write_ids FOLDER` writes both"
+        )
+    ids = []
+    for row, line in enumerate(read_captions(path), 1):
+        if not line.isdecimal():
+            raise InputError(f"{path}: line {row} is {line[:40]!r}, expected an id of COCO")
+        ids.append(int(line))
+    return ids
+
+
+def read_pair_of_ids(folder: str | os.PathLike, split: str) -> tuple[list[int], list[int]]:
+    """Ids of the images (N,), from `{split}_ids.txt`, and of the captions, `{split}_capids.txt`.
+
+    The first has a line an image, or a caption.
+    """
+    images = read_ids(os.path.join(folder, f"{split}_ids.txt"))
+    captions = read_ids(os.path.join(folder, f"{split}_capids.txt"))
+    if len(images) == len(captions):
+        images = list(dict.fromkeys(images))
+    if len(captions) % len(images):
+        raise InputError(f"{folder}: ids of {len(images)} images and {len(captions)} captions")
+    return images, captions
+
+
+def write_ids(folder: str | os.PathLike) -> None:
+    """Write testall_ids.txt and testall_capids.txt from the package, in Karpathy's order."""
+    judge = package()
+    captions = [int(x) for x in judge.coco_ids]
+    images = [judge.coco_gts["t2i"][x][0] for x in captions]
+    files = {"testall_ids.txt": images, "testall_capids.txt": captions}
+    for name, ids in files.items():
+        path = Path(folder) / name
+        text = "".join(f"{x}\n" for x in ids)
+        if path.exists() and path.read_text() != text:
+            raise InputError(f"{path}: is there and differs; move it away first")
+    for name, ids in files.items():
+        (Path(folder) / name).write_text("".join(f"{x}\n" for x in ids))
+        print(f"{Path(folder) / name}: {len(ids)} ids, in Karpathy's order, as packed for SCAN")
+
+
+def image_rows(model: nn.Module, images: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Scores (n, N) of some images with all images, whose regions stand for words."""
+    regions = images["regions"]  # (N, R, D)
+    lengths = torch.full((len(regions),), regions.size(1))  # (N,)
+    captions = {"words": regions, "lengths": lengths}
+    for index in progress(torch.arange(len(regions)).split(64), "image with image"):
+        yield index, model.similarity({"regions": regions[index]}, captions).cpu()  # (n, N)
+
+
+def caption_rows(
+    model: nn.Module, captions: list[dict[str, Tensor]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Scores (n, M) of some captions, whose words stand for regions, with all captions."""
+    total = sum(len(group["index"]) for group in captions)
+    parts = [
+        (group["index"][some], {"regions": group["words"][some]})
+        for group in captions
+        for some in torch.arange(len(group["index"])).split(64)
+    ]
+    for index, images in progress(parts, "caption with caption"):
+        scores = torch.empty(len(index), total)  # (n, M)
+        for group in captions:
+            scores[:, group["index"]] = model.similarity(images, group).cpu()
+        yield index, scores
+
+
+def intra_recalls(
+    rows: Iterable[tuple[Tensor, Tensor]], positives: list[list[int]]
+) -> dict[str, float]:
+    """R@K in percent of items among items of their own kind, without themselves.
+
+    rows: positions (n,) of some items and their scores (n, N) with all; positives: for each item
+    the positions of those that are like it, and one that has none does not count. A wrong one that
+    scores the same ranks first.
+    """
+    ranks = []
+    for index, scores in rows:
+        scores[torch.arange(len(index)), index] = -torch.inf
+        for item, row in zip(index.tolist(), scores, strict=True):
+            if positives[item]:
+                own = row[positives[item]]
+                ranks.append(int((row >= own.max()).sum() - (own >= own.max()).sum()))
+    return {f"r{k}": 100 * float(np.mean(np.array(ranks) < k)) for k in KS}
+
+
+def read_alike(path: str, ids: Sequence[int], least: float, k: int = 0) -> list[list[int]]:
+    """For each id the positions of what people marked `least` or more beside it; and, with `k`, of
+    the other captions of its image. The file: {id: [[id, mark], ...]}."""
+    try:
+        marks = json.loads(Path(path).read_text(encoding="utf-8"))
+        alike = {
+            int(key): [int(x) for x, mark in pairs if mark >= least] for key, pairs in marks.items()
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: expected {{id: [[id, mark], ...]}} ({error})") from None
+    place = {x: position for position, x in enumerate(ids)}
+    positives = []
+    for position, x in enumerate(ids):
+        own = range(position // k * k, (position // k + 1) * k) if k else ()
+        some = [*own, *(place[y] for y in alike.get(x, []) if y in place)]
+        positives.append(sorted(set(some) - {position}))
+    if not any(positives):
+        raise InputError(f"{path}: none of its ids is among the {len(ids)} of the split")
+    return positives
+
+
+@torch.inference_mode()
+def cxc_intra(
+    model: nn.Module,
+    images: dict[str, Tensor],
+    captions: list[dict[str, Tensor]],
+    image_ids: Sequence[int],
+    caption_ids: Sequence[int],
+    cxc_path: str,
+) -> dict[str, dict[str, float]]:
+    """CxC's {'i2i': {'r1', 'r5', 'r10'}, 't2t': ...} of those whose annotations are there.
+
+    The published evaluation of these calls a function that does not fit; this is what it is about:
+    an image's regions score as words, a caption's words as regions. Images are alike from a mark of
+    2.5 on, captions from 3 on, or if they are of one image.
+    """
+    k = len(caption_ids) // len(image_ids)
+    ways: dict[str, tuple[Sequence[int], int, Callable[[], Iterator]]] = {
+        "i2i": (image_ids, 0, lambda: image_rows(model, images)),
+        "t2t": (caption_ids, k, lambda: caption_rows(model, captions)),
+    }
+    metrics = {}
+    for way, (ids, own, rows) in ways.items():
+        name, least = CXC[way]
+        path = os.path.join(cxc_path, name)
+        if os.path.isfile(path):
+            metrics[way] = intra_recalls(rows(), read_alike(path, ids, least, own))
+    return metrics
+
+
+def evaluate(
+    paths: str | Sequence[str],
+    data_path: str | None = None,
+    split: str = "testall",
+    ids_path: str | None = None,
+    extra_path: str | None = None,
+    vocab_path: str | None = None,
+    device: str | torch.device | None = None,
+    batch_size: int | None = None,
+) -> dict:
+    """All figures of a checkpoint, of several (their mean score), or of saved score matrices.
+
+    Prints them, and returns coco_metrics, what evalrank does under 'coco_5k' and 'coco_1k' (mean of
+    five folds), and under 'cxc' what cxc_intra does. The ids are read from `ids_path`, or the
+    data's folder; cxc_i2i.json, cxc_t2t.json (both for one checkpoint only) and the files of PMRP
+    from `extra_path`, or there too. Raises FileNotFoundError or ValueError naming what is wrong.
+    """
+    paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    paths = [os.fspath(path) for path in paths]
+    matrices = [path.endswith(".npy") for path in paths]
+    if not paths or any(matrices) != all(matrices):
+        raise InputError("expected checkpoints, or score matrices (.npy), not both")
+    package()  # that it is missing is to be said now
+    encoded, folder = None, ids_path
+    if matrices[0]:
+        if not ids_path:
+            raise InputError("a score matrix needs the folder of its ids: --ids")
+        ids = read_pair_of_ids(ids_path, split)
+        scores = evaluation.mean_scores(paths)
+    else:
+        ids, scores = None, 0
+        for path in paths:
+            encoded = evaluation.encode_split(
+                path, data_path, split, vocab_path, evaluation.pick_device(device), batch_size
+            )
+            model, dataset, images, captions = encoded
+            folder = ids_path or os.path.dirname(dataset.path)
+            ids = ids or read_pair_of_ids(folder, split)
+            check_sizes(dataset, ids, path)
+            scores = scores + evaluation.split_scores(*encoded) / len(paths)
+    print("COCO 5K")
+    metrics = {"coco_5k": evaluation.rank_and_print(scores, False, False)}
+    print("COCO 1K")
+    metrics["coco_1k"] = evaluation.rank_and_print(scores, True, False)
+    metrics |= coco_metrics(scores, *ids, extra_path or folder)
+    for name, title in (("map_at_r", "mAP@R"), ("rprecision", "R-Precision"), ("r1", "R@1")):
+        print_both(f"ECCV Caption {title}", [metrics[f"eccv_{name}"]])
+    print_both("CxC R@1 / 5 / 10", [metrics[f"cxc_r{k}"] for k in KS])
+    if "pmrp" in metrics:
+        print_both("PMRP", [metrics["pmrp"]])
+    if encoded and len(paths) == 1:
+        model, dataset, images, captions = encoded
+        if set(images) == {"regions"} and set(captions[0]) == {"words", "lengths", "index"}:
+            metrics["cxc"] = cxc_intra(model, images, captions, *ids, extra_path or folder)
+        else:
+            print("CxC i2i, t2t: not of this model, whose score needs more than regions and words")
+        for way, recalls in metrics.get("cxc", {}).items():
+            print(f"CxC {way} R@1 / 5 / 10: {' / '.join(f'{x:.1f}' for x in recalls.values())}")
+    return metrics
+
+
+def check_sizes(dataset: PrecompDataset, ids: tuple[list[int], list[int]], path: str) -> None:
+    """Refuse ids that are not as many as the images and captions of a split."""
+    images, captions = map(len, ids)
+    if (images, captions) != (dataset.n_images, dataset.n_captions):
+        raise InputError(
+            f"{dataset.path}: {dataset.n_images} images and {dataset.n_captions} captions for "
+            f"{path}, but ids of {images} and {captions}"
+        )
+
+
+def print_both(title: str, metrics: list[dict[str, float]]) -> None:
+    """A line with both directions."""
+    ways = [f"{way} {' / '.join(f'{x[way]:.1f}' for x in metrics)}" for way in ("i2t", "t2i")]
+    print(f"{title}: {', '.join(ways)}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Recall@K, ECCV Caption, CxC and PMRP on COCO's 5,000 test images.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("paths", nargs="*", help="checkpoints, or score matrices (.npy)")
+    parser.add_argument("--data_path", help="folder that holds the data; default: as in training")
+    parser.add_argument("--split", default="testall", help="testall (default)")
+    parser.add_argument(
+        "--ids", metavar="FOLDER", help="of {split}_ids.txt, {split}_capids.txt; default: the data"
+    )
+    parser.add_argument(
+        "--extra",
+        metavar="FOLDER",
+        help=f"of {', '.join(name for name, _ in CXC.values())}, {', '.join(PLAUSIBLE)}; default: "
+        "as --ids",
+    )
+    parser.add_argument("--vocab_path", help="folder of the vocabulary; default: as in training")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    parser.add_argument("--batch_size", type=int, help="of the encoders; default: as in training")
+    parser.add_argument(
+        "--write_ids", metavar="FOLDER", help="write the ids of testall in Karpathy's order, end"
+    )
+    opt = parser.parse_args(argv)
+    if opt.write_ids:
+        if opt.paths:
+            parser.error("--write_ids stands alone")
+        write_ids(opt.write_ids)
+        return
+    if not opt.paths:
+        parser.error("name a checkpoint, or score matrices (.npy)")
+    where = opt.data_path, opt.split, opt.ids, opt.extra
+    evaluate(opt.paths, *where, opt.vocab_path, opt.device, opt.batch_size)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,278 @@
+"""ECCV Caption, CxC and PMRP: the package's own figures, by hand and on a whole COCO test set."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import evaluation
+import extended
+import train
+from tests.conftest import train_args, write_split
+from util.cli import InputError
+
+eccv_caption = pytest.importorskip("eccv_caption")
+
+IMAGES, CAPTIONS = [30, 10, 20], [7, 1, 9, 4, 2, 8]  # two captions an image
+OF_IMAGE = {7: [30], 1: [30], 9: [10], 4: [10], 2: [20], 8: [20]}
+OF_CAPTION = {30: [7, 1], 10: [9, 4], 20: [2, 8]}
+SCORES = np.array(
+    [  #  7    1    9    4    2    8
+        [0.9, 0.1, 0.8, 0.2, 0.7, 0.3],  # 30: 7 9 2 8 4 1
+        [0.1, 0.2, 0.9, 0.3, 0.8, 0.7],  # 10: 9 2 8 4 1 7
+        [0.6, 0.5, 0.1, 0.2, 0.4, 0.3],  # 20: 7 1 2 8 4 9
+    ],
+    np.float32,
+)
+
+
+class Small(eccv_caption.Metrics):
+    """The package with judgements of three images in place of COCO's."""
+
+    def __init__(self, extra_file_dir=None):
+        super().__init__()
+        self.coco_gts = {"i2t": OF_CAPTION, "t2i": OF_IMAGE}
+        self.eccv_gts = {"i2t": {30: [7, 2, 8], 20: [2, 8]}, "t2i": {7: [30, 20], 9: [30]}}
+        self.cxc_gts = {"i2t": OF_CAPTION | {20: [2, 8, 1]}, "t2i": OF_IMAGE}
+        self.pm_gts = {"i2t": {30: [7, 1]}, "t2i": {4: [10, 20]}} if extra_file_dir else {}
+        self.coco_ids = np.array(CAPTIONS)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(eccv_caption, "Metrics", Small)
+
+
+def test_a_ranking_by_hand(small, tmp_path):
+    got = extended.coco_metrics(SCORES, IMAGES, CAPTIONS)
+    # 30 ranks 7+ 9- 2+ | 8: of R = 3 two are right; precision at the right ones 1 and 2/3.
+    # 20 ranks 7- 1- | 2 8: of R = 2 none. Captions: 7 ranks 30+ 20+; 9 ranks 10- | 30.
+    want = {
+        "eccv_map_at_r": {"i2t": 100 * (1 + 0 + 2 / 3) / 3 / 2, "t2i": 50},
+        "eccv_rprecision": {"i2t": 100 * (2 / 3) / 2, "t2i": 50},
+        "eccv_r1": {"i2t": 50, "t2i": 50},
+        # 30 finds 7 first, 10 finds 9; 20 finds 1 second. Captions 7 and 9, and no other.
+        "cxc_r1": {"i2t": 100 * 2 / 3, "t2i": 100 * 2 / 6},
+        "cxc_r5": {"i2t": 100, "t2i": 100},
+        "cxc_r10": {"i2t": 100, "t2i": 100},
+    }
+    ranks = np.argsort(-SCORES, 0).T  # of each caption
+    assert [IMAGES[row[0]] for row in ranks] == [30, 20, 10, 10, 10, 10]
+    want["cxc_r1"]["t2i"] = 100 * 3 / 6  # 7, 9, 4
+    want["eccv_r1"]["t2i"] = want["eccv_rprecision"]["t2i"] = want["eccv_map_at_r"]["t2i"] = 50
+    assert got.keys() == want.keys()
+    for name, both in want.items():
+        assert got[name] == pytest.approx(both), name
+    for name in extended.PLAUSIBLE:
+        (tmp_path / name).write_text("{}")
+    got = extended.coco_metrics(SCORES, IMAGES, CAPTIONS, str(tmp_path))
+    assert got["pmrp"] == pytest.approx({"i2t": 50, "t2i": 50})  # 30: 7+ 9-; 4: 10+ 30-
+    (tmp_path / extended.PLAUSIBLE[0]).unlink()
+    with pytest.raises(InputError, match="pm_image_to_caption.json: no such file, but .*PMRP"):
+        extended.coco_metrics(SCORES, IMAGES, CAPTIONS, str(tmp_path))
+
+
+def test_the_whole_test_set_against_the_package_itself():
+    """Scores of COCO's size; the package gets whole rankings, not the first few."""
+    judge = eccv_caption.Metrics()
+    captions = [int(x) for x in judge.coco_ids]
+    images = list(dict.fromkeys(judge.coco_gts["t2i"][x][0] for x in captions))
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(size=(n, 16)).astype(np.float32) for n in (5000, 25000))
+    b += 0.7 * np.repeat(a, 5, 0)
+    scores = a @ b.T
+    got = extended.coco_metrics(scores, images, captions)
+    ids = np.array(captions)
+    i2t = {x: ids[np.argsort(-row, kind="stable")] for x, row in zip(images, scores, strict=True)}
+    t2i = {}
+    for x in {*judge.eccv_gts["t2i"], *captions[::50]}:
+        row = scores[:, captions.index(x)]
+        t2i[x] = np.array(images)[np.argsort(-row, kind="stable")]
+    ranked = {"i2t": i2t, "t2i": t2i}
+    want = judge.eccv_metrics(ranked, "all")
+    for name, both in want.items():
+        assert got[name] == pytest.approx({way: 100 * x for way, x in both.items()}), name
+    assert 5 < got["eccv_map_at_r"]["i2t"] < 95
+    for k in (1, 5, 10):
+        want = judge.cxc_recalls({"i2t": i2t}, "i2t", K=k)["i2t"]
+        assert got[f"cxc_r{k}"]["i2t"] == pytest.approx(100 * want)
+    # Every image and caption is right here, so what CxC adds can only help.
+    recalls = evaluation.retrieval_metrics(scores)
+    assert got["cxc_r1"]["i2t"] >= recalls["i2t"]["r1"]
+
+
+def write(folder, name, ids):
+    (folder / name).write_text("".join(f"{x}\n" for x in ids))
+
+
+def test_ids_from_files(tmp_path):
+    folder = str(tmp_path)
+    with pytest.raises(FileNotFoundError, match="testall_ids.txt: no such file.*--write_ids"):
+        extended.read_pair_of_ids(folder, "testall")
+    write(tmp_path, "testall_ids.txt", IMAGES)
+    write(tmp_path, "testall_capids.txt", CAPTIONS)
+    assert extended.read_pair_of_ids(folder, "testall") == (IMAGES, CAPTIONS)
+    write(tmp_path, "testall_ids.txt", np.repeat(IMAGES, 2))  # a line a caption
+    assert extended.read_pair_of_ids(folder, "testall") == (IMAGES, CAPTIONS)
+    write(tmp_path, "testall_ids.txt", IMAGES + [5])
+    with pytest.raises(InputError, match="ids of 4 images and 6 captions"):
+        extended.read_pair_of_ids(folder, "testall")
+    write(tmp_path, "testall_ids.txt", ["30", "x7"])
+    with pytest.raises(InputError, match="line 2 is 'x7', expected an id of COCO"):
+        extended.read_pair_of_ids(folder, "testall")
+
+
+def test_ids_of_karpathys_order(tmp_path, capsys):
+    """The first image of COCO's test set and its captions, as anyone can look them up."""
+    extended.main(["--write_ids", str(tmp_path)])
+    images, captions = extended.read_pair_of_ids(tmp_path, "testall")
+    assert len(images) == 5000 and len(captions) == 25000
+    assert images[0] == 391895 and captions[:5] == [770337, 771687, 772707, 776154, 781998]
+    assert images[1] == 60623 and "25000 ids" in capsys.readouterr().out
+    extended.main(["--write_ids", str(tmp_path)])  # the same again
+    write(tmp_path, "testall_capids.txt", [1])
+    with pytest.raises(InputError, match="testall_capids.txt: is there and differs"):
+        extended.main(["--write_ids", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("images", "captions", "scores", "message"),
+    [
+        (IMAGES, [7, 1, 9, 4, 2, 3], SCORES, "5 of COCO's 6 test captions among 6"),
+        (IMAGES[::-1], CAPTIONS, SCORES, "caption 0 .* has id 7, which COCO wrote for image 30, b"),
+        (IMAGES, CAPTIONS, SCORES[:2], r"scores of shape \(2, 6\), but ids of 3 images and 6 capt"),
+        (IMAGES, CAPTIONS, SCORES * np.nan, "a score is NaN or infinite"),
+    ],
+)
+def test_what_does_not_fit_is_said(small, images, captions, scores, message):
+    with pytest.raises(InputError, match=message):
+        extended.coco_metrics(scores, images, captions)
+
+
+@pytest.fixture
+def coco(tiny, monkeypatch):
+    """A data set of 15 images with five captions each, testall, and judgements to it."""
+    folder = tiny / "data" / "tiny_precomp"
+    write_split(folder, "testall", 15, repeat=5)
+    images, captions = [100 + 7 * i for i in range(15)], [900 - 3 * i for i in range(75)]
+    of_caption = {x: captions[5 * i : 5 * i + 5] for i, x in enumerate(images)}
+    of_image = {x: [images[j // 5]] for j, x in enumerate(captions)}
+
+    class Judge(eccv_caption.Metrics):
+        def __init__(self, extra_file_dir=None):
+            super().__init__()
+            self.coco_gts = self.cxc_gts = {"i2t": of_caption, "t2i": of_image}
+            self.eccv_gts = self.coco_gts
+
+    monkeypatch.setattr(eccv_caption, "Metrics", Judge)
+    write(folder, "testall_ids.txt", np.repeat(images, 5))
+    write(folder, "testall_capids.txt", captions)
+    return folder, images, captions
+
+
+@pytest.mark.parametrize("system", ["scan", "chan"])
+def test_a_checkpoint_from_end_to_end(coco, system, capsys):
+    folder, images, captions = coco
+    train.main(train_args(model=system, num_epochs=3))
+    alike = {
+        str(x): [[images[(i + 1) % 15], 2.5], [images[(i + 2) % 15], 2.4]]
+        for i, x in enumerate(images)
+    }
+    del alike[str(images[3])]
+    (folder / "cxc_i2i.json").write_text(json.dumps(alike))
+    marks = {str(captions[0]): [[captions[8], 3.0], [captions[9], 2.9], [123, 5]]}
+    (folder / "cxc_t2t.json").write_text(json.dumps(marks))
+    got = extended.evaluate("run/model_best.pth.tar")
+    said = capsys.readouterr().out
+    want = evaluation.evalrank("run/model_best.pth.tar", split="testall", save_path="s.npy")
+    assert got["coco_5k"] == want
+    # With COCO's own judgements CxC's R@K is Recall@K.
+    for k in (1, 5, 10):
+        ways = {way: want[way][f"r{k}"] for way in ("i2t", "t2i")}
+        assert got[f"cxc_r{k}"] == pytest.approx(ways)
+    assert got["eccv_r1"] == pytest.approx(got["cxc_r1"])
+    assert got["coco_1k"]["folds"] and "ECCV Caption mAP@R: i2t " in said and "PMRP" not in said
+    i2i = " / ".join(f"{x:.1f}" for x in got["cxc"]["i2i"].values())
+    assert f"CxC i2i R@1 / 5 / 10: {i2i}" in said
+
+    model, dataset, regions, groups = evaluation.encode_split(
+        "run/model_best.pth.tar", None, "testall", None, torch.device("cpu"), None
+    )
+    regions = regions["regions"]
+    words = [None] * 75
+    for group in groups:
+        for n, row in zip(group["index"].tolist(), group["words"], strict=True):
+            words[n] = row
+
+    def pair(a, b):
+        one = {"words": b[None], "lengths": torch.tensor([len(b)])}
+        with torch.no_grad():
+            return float(model.similarity({"regions": a[None]}, one))
+
+    def recalls(items, positives):
+        ranks = []
+        for n, alike in positives.items():
+            scores = {m: pair(items[n], items[m]) for m in range(len(items)) if m != n}
+            order = sorted(scores, key=scores.get, reverse=True)
+            ranks.append(min(order.index(m) for m in alike))
+        return {f"r{k}": 100 * np.mean(np.array(ranks) < k) for k in (1, 5, 10)}
+
+    want = recalls(regions, {i: [(i + 1) % 15] for i in range(15) if i != 3})
+    assert got["cxc"]["i2i"] == pytest.approx(want)
+    own = {n: [m for m in range(n // 5 * 5, n // 5 * 5 + 5) if m != n] for n in range(75)}
+    own[0].append(8)
+    assert got["cxc"]["t2t"] == pytest.approx(recalls(words, own))
+
+    again = extended.evaluate(["s.npy", "s.npy"], ids_path=str(folder))
+    assert again == pytest.approx({n: x for n, x in got.items() if n != "cxc"}) or all(
+        again[name] == got[name] for name in again
+    )
+    two = extended.evaluate(["run/model_best.pth.tar"] * 2)
+    assert two["coco_5k"] == got["coco_5k"] and "cxc" not in two
+
+
+def test_a_model_whose_score_needs_more_has_no_intra_recalls(coco, capsys):
+    from tests.conftest import write_positions
+    from util import positions
+
+    folder, _, _ = coco
+    for split in ("train", "dev", "testall"):
+        n, regions, _ = np.load(folder / f"{split}_ims.npy").shape
+        boxes = np.sort(np.random.default_rng(0).random((n, regions, 2, 2)), 2) * 100
+        np.save(folder / f"{split}_ims_bbx.npy", boxes.reshape(n, regions, 4).astype("f4"))
+        kind = [("image_w", "<i8"), ("image_h", "<i8")]
+        np.save(folder / f"{split}_ims_size.npy", np.array([(100, 100)] * n, kind))
+        write_positions(folder, split)
+    assert positions
+    train.main(train_args(model="pfan_whole", num_epochs=1))
+    (folder / "cxc_i2i.json").write_text("{}")
+    got = extended.evaluate("run/model_best.pth.tar")
+    assert "cxc" not in got and "CxC i2i, t2t: not of this model" in capsys.readouterr().out
+
+
+def test_wrong_calls(coco, tiny, monkeypatch, capsys):
+    folder, images, captions = coco
+    train.main(train_args(num_epochs=1))
+    best = "run/model_best.pth.tar"
+    with pytest.raises(InputError, match="not both"):
+        extended.evaluate([best, "a.npy"])
+    with pytest.raises(InputError, match="needs the folder of its ids"):
+        extended.evaluate("a.npy")
+    with pytest.raises(InputError, match="15 images and 75 captions for .*, but ids of 14 and 70"):
+        write(tiny, "testall_ids.txt", images[:14])
+        write(tiny, "testall_capids.txt", captions[:70])
+        extended.evaluate(best, ids_path=".")
+    (folder / "cxc_i2i.json").write_text('{"5": 3}')
+    with pytest.raises(InputError, match="cxc_i2i.json: expected {id: "):
+        extended.evaluate(best)
+    (folder / "cxc_i2i.json").write_text('{"5": [[3, 5.0]]}')
+    with pytest.raises(InputError, match="none of its ids is among the 15 of the split"):
+        extended.evaluate(best)
+    for args in ([], ["--write_ids", "x", "a.npy"]):
+        with pytest.raises(SystemExit):
+            extended.main(args)
+    monkeypatch.setitem(sys.modules, "eccv_caption", None)
+    with pytest.raises(InputError, match="pip install eccv_caption"):
+        extended.main([best])
