@@ -555,14 +555,23 @@ def open_split(
     **more,
 ) -> PrecompDataset:
     """The dataset that the system of the options reads; `more` as its class has it."""
+    kind, own = PrecompDataset, ()
     if opt.model == "gsmn":
-        return GraphDataset(folder, split, vocab, opt.img_dim, opt.is_sparse, **more)
-    if opt.model == "pfan":
-        return PositionDataset(folder, split, vocab, opt.img_dim, opt.split_size, opt.n_blocks)
+        kind, own = GraphDataset, (opt.is_sparse,)
+    elif opt.model in ("pfan", "pfan_whole"):
+        kind, own = PositionDataset, (opt.split_size, opt.n_blocks)
     if opt.model == "pfan_whole":
-        positions = folder, split, vocab, opt.img_dim, opt.split_size, opt.n_blocks
-        return WholeDataset(*positions, need_box_whole=opt.need_box_whole)
-    return PrecompDataset(folder, split, vocab, opt.img_dim)
+        kind, more = WholeDataset, more | {"need_box_whole": opt.need_box_whole}
+    dataset = kind(folder, split, vocab, opt.img_dim, *own, **more)
+    if opt.text_enc_type == "bert":
+        longest, room = int(dataset.lengths.max()), opt.bert_config["max_position_embeddings"]
+        if longest > room:
+            line = int(dataset.lengths.argmax()) + 1
+            raise InputError(
+                f"{folder}: caption {line} of {split} has {longest} pieces, this BERT reads {room} "
+                "at most; shorten it"
+            )
+    return dataset
 
 
 def collate_fn(items: list[dict]) -> dict[str, Tensor]:

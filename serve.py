@@ -136,9 +136,12 @@ class Scorer:
     """A model, and how requests become its batches."""
 
     def __init__(self, path: str, vocab_path: str | None, device: torch.device, limits: Limits):
-        self.device, self.limits = device, limits
         self.model, self.vocab, self.opt = ckpt.load_model(path, vocab_path, device)
         self.model.eval()
+        if self.opt.text_enc_type == "bert":
+            room = self.opt.bert_config["max_position_embeddings"]
+            limits = limits._replace(words=min(limits.words, room))
+        self.device, self.limits = device, limits
         self.vocab.encode("a word")  # what a tokenizer lacks is to be said now, not to a client
 
     def read(self, raw: bytes | bytearray) -> Query:

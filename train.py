@@ -311,6 +311,11 @@ def train_epoch(
     for batch in progress(loader, f"epoch {epoch}"):
         data_time.update(time.time() - end)
         model.train()
+        if distributed.world() > 1:
+            # Dropout (BERT's) draws for each process and step anew: of the states that the
+            # processes come to, a checkpoint has that of the first only.
+            step = at["Eiters"] * distributed.world() + distributed.rank()
+            torch.manual_seed((opt.seed * 1_000_003 + step) % 2**63)
         batch = to_device(batch, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=opt.amp):
             images, captions = encoder(batch)

@@ -1,6 +1,7 @@
 """BERT for the words: a small random one in a local folder, for every system."""
 
 import argparse
+import base64
 import builtins
 import json
 import os
@@ -20,6 +21,7 @@ import train
 from bert import EncoderTextBert, WordPieces
 from data import Drop, collate_fn, open_split
 from model import l2norm
+from tests import test_distributed
 from tests.conftest import WORDS, read_log, train_args
 from util.cli import InputError
 
@@ -139,6 +141,21 @@ def test_training_resuming_and_evaluating(tiny_positions, little, system, capsys
     assert f"Image to text: {' '.join(i2t)}" in said
 
 
+def test_torchrun_resumes_exactly(tiny, little):
+    """Dropout draws on in each process as it would have without the interruption."""
+    more = {"num_epochs": 2, "model": "chan"}
+    for flag in (
+        flags(**more, model_name="whole", logger_name="whole"),
+        flags(**more | {"num_epochs": 1}),
+        flags(**more, resume="run/checkpoint_0.pth.tar"),
+    ):
+        done = test_distributed.run(test_distributed.ROOT / "train.py", *flag)
+        assert done.returncode == 0, done.stderr
+    whole, parts = (ckpt.load(f"{name}/checkpoint_1.pth.tar")["model"] for name in ("whole", "run"))
+    for state, again in zip(whole, parts, strict=True):
+        assert all(torch.equal(state[name], again[name]) for name in state)
+
+
 def test_training_starts_from_the_pretrained_weights(tiny, little):
     train.main(flags("chan", num_epochs=1, learning_rate=0))
     text = ckpt.load("run/checkpoint_0.pth.tar")["model"][1]
@@ -248,6 +265,7 @@ def test_dropping_takes_whole_words(tiny, little):
 def test_gsmn_reads_captions_and_not_word_ids(tiny_graphs, little):
     pieces = WordPieces.read("bert")
     opt = options.parse(["--model", "gsmn", "--img_dim", "12", "--text_enc_type", "bert"])
+    opt.bert_config = bert.read_config("bert")
     data = open_split(str(tiny_graphs / "data" / "tiny_precomp"), "dev", pieces, opt)
     caption = (tiny_graphs / "data/tiny_precomp/dev_caps.txt").read_text().splitlines()[3]
     assert data.caption_item(3)["captions"].tolist() == pieces.encode(caption)
@@ -290,6 +308,15 @@ def test_wrong_folders_are_named(tiny, little):
         train.main(flags())
 
 
+def test_a_caption_too_long_is_said_before_training(tiny, little):
+    path = tiny / "data/tiny_precomp/dev_caps.txt"
+    lines = path.read_text().splitlines()
+    lines[6] = "dog " * 31
+    path.write_text("".join(f"{line}\n" for line in lines))
+    with pytest.raises(InputError, match="caption 7 of dev has 33 pieces, this BERT reads 32"):
+        train.main(flags())
+
+
 def test_the_text_encoder_of_a_run_stays(tiny, little):
     train.main(flags(num_epochs=1))
     with pytest.raises(InputError, match="give --text_enc_type bert, as it was trained with"):
@@ -297,6 +324,31 @@ def test_the_text_encoder_of_a_run_stays(tiny, little):
     with pytest.raises(InputError, match="--optim cannot change on the way"):
         train.main(flags(num_epochs=2, optim="sgd", resume="run/checkpoint_0.pth.tar"))
     train.main(flags(num_epochs=1, optim="sgd", model_name="sgd", logger_name="sgd"))
+
+
+def test_a_server_scores_as_evaluation_does(tiny, little):
+    serve = pytest.importorskip("serve")
+    train.main(flags("chan", num_epochs=1))
+    evaluation.evalrank("run/checkpoint_0.pth.tar", split="test", save_path="s.npy")
+    scorer = serve.Scorer(
+        "run/checkpoint_0.pth.tar", None, torch.device("cpu"), serve.Limits(words=256)
+    )
+    caption = (tiny / "data/tiny_precomp/test_caps.txt").read_text().splitlines()[1]
+    records = [
+        {"image_w": 10, "image_h": 10, "num_boxes": 4, "features": b64(regions)}
+        | {"boxes": b64(np.zeros((4, 4))), "image_id": 0}
+        for regions in np.load("data/tiny_precomp/test_ims.npy")
+    ]
+    body = {"sentence": caption.split(), "boxes": records}
+    (answer,) = scorer.score([scorer.read(json.dumps(body).encode())])
+    np.testing.assert_allclose(answer["sim_t2i"], np.load("s.npy")[:, 1], rtol=1e-5, atol=1e-5)
+    body["sentence"] = ["dog"] * 31
+    with pytest.raises(serve.Refused, match="33 words, expected at most 32"):
+        scorer.read(json.dumps(body).encode())
+
+
+def b64(array):
+    return base64.b64encode(array.astype("<f4").tobytes()).decode()
 
 
 class Evil:
