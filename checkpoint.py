@@ -66,7 +66,10 @@ def build_model(opt: argparse.Namespace, vocab_size: int) -> nn.Module:
     names = takes & options.defaults(opt.model).keys()
     given = {name: getattr(opt, name) for name in names}
     if opt.text_enc_type == "bert":
-        given["text_encoder"] = EncoderTextBert(opt.bert_config, opt.embed_size, opt.no_txtnorm)
+        try:
+            given["text_encoder"] = EncoderTextBert(opt.bert_config, opt.embed_size, opt.no_txtnorm)
+        except (TypeError, ValueError, KeyError) as error:
+            raise InputError(f"BERT's configuration {opt.bert_config}: {error}") from None
     try:
         return kind(vocab_size, **given)
     except ValueError as error:  # an unknown variant, named by the model
@@ -129,7 +132,7 @@ def read_architecture(states: list[dict]) -> dict:
     else:
         layers = [key for key in text if key.startswith("rnn.weight_ih") and "reverse" not in key]
         known |= {"word_dim": text["embed.weight"].shape[1], "num_layers": len(layers)}
-        known["bi_gru"] = "rnn.weight_ih_l0_reverse" in text
+        known |= {"bi_gru": "rnn.weight_ih_l0_reverse" in text, "text_enc_type": "bigru"}
     if "position_embedding.weight" in image:
         rows, known["position_embed_size"] = image["position_embedding.weight"].shape
         known["split_size"] = math.isqrt(rows - 1)
@@ -198,7 +201,8 @@ def load(path: str, device: str | torch.device = "cpu") -> dict:
             f"{path}: a checkpoint of {system} without all its weights, or with odd ones "
             f"({type(error).__name__}: {error}); copy it again"
         ) from None
-    filled |= architecture | stored | {"model": system}
+    sure = {"model": system, "text_enc_type": architecture["text_enc_type"]}
+    filled |= architecture | stored | sure
     checkpoint["opt"] = argparse.Namespace(**filled)
     return checkpoint
 

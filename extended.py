@@ -17,13 +17,14 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+import checkpoint as ckpt
 import evaluation
 from data import PrecompDataset
 from util.cli import InputError, progress, run
@@ -104,6 +105,8 @@ def coco_metrics(
 def check_ids(image_ids: Sequence[int], caption_ids: Sequence[int], judge) -> None:
     """Refuse ids that are not those of COCO's 5,000 test images, each caption with its image."""
     of_image = judge.coco_gts["t2i"]
+    if not len(image_ids) or len(caption_ids) % len(image_ids):
+        raise InputError(f"ids of {len(image_ids)} images and {len(caption_ids)} captions")
     missing = of_image.keys() - set(caption_ids)
     if missing or len(caption_ids) != len(of_image):
         raise InputError(
@@ -145,8 +148,6 @@ def read_pair_of_ids(folder: str | os.PathLike, split: str) -> tuple[list[int], 
     captions = read_ids(os.path.join(folder, f"{split}_capids.txt"))
     if len(images) == len(captions):
         images = list(dict.fromkeys(images))
-    if len(captions) % len(images):
-        raise InputError(f"{folder}: ids of {len(images)} images and {len(captions)} captions")
     return images, captions
 
 
@@ -232,33 +233,37 @@ def read_alike(path: str, ids: Sequence[int], least: float, k: int = 0) -> list[
     return positives
 
 
+def read_cxc(
+    folder: str, image_ids: Sequence[int], caption_ids: Sequence[int]
+) -> dict[str, list[list[int]]]:
+    """For 'i2i' and 't2t', of which the folder holds annotations, what each item is like.
+
+    Images are alike from a mark of 2.5 on, captions from 3 on, or if they are of one image.
+    """
+    alike = {}
+    for way, ids in (("i2i", image_ids), ("t2t", caption_ids)):
+        name, least = CXC[way]
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            own = len(caption_ids) // len(image_ids) if way == "t2t" else 0
+            alike[way] = read_alike(path, ids, least, own)
+    return alike
+
+
 @torch.inference_mode()
 def cxc_intra(
     model: nn.Module,
     images: dict[str, Tensor],
     captions: list[dict[str, Tensor]],
-    image_ids: Sequence[int],
-    caption_ids: Sequence[int],
-    cxc_path: str,
+    alike: dict[str, list[list[int]]],
 ) -> dict[str, dict[str, float]]:
-    """CxC's {'i2i': {'r1', 'r5', 'r10'}, 't2t': ...} of those whose annotations are there.
+    """CxC's {'i2i': {'r1', 'r5', 'r10'}, 't2t': ...}, of those that `alike` (see read_cxc) has.
 
     The published evaluation of these calls a function that does not fit; this is what it is about:
-    an image's regions score as words, a caption's words as regions. Images are alike from a mark of
-    2.5 on, captions from 3 on, or if they are of one image.
+    an image's regions score as words, a caption's words as regions.
     """
-    k = len(caption_ids) // len(image_ids)
-    ways: dict[str, tuple[Sequence[int], int, Callable[[], Iterator]]] = {
-        "i2i": (image_ids, 0, lambda: image_rows(model, images)),
-        "t2t": (caption_ids, k, lambda: caption_rows(model, captions)),
-    }
-    metrics = {}
-    for way, (ids, own, rows) in ways.items():
-        name, least = CXC[way]
-        path = os.path.join(cxc_path, name)
-        if os.path.isfile(path):
-            metrics[way] = intra_recalls(rows(), read_alike(path, ids, least, own))
-    return metrics
+    rows = {"i2i": lambda: image_rows(model, images), "t2t": lambda: caption_rows(model, captions)}
+    return {way: intra_recalls(rows[way](), positives) for way, positives in alike.items()}
 
 
 def evaluate(
@@ -283,22 +288,25 @@ def evaluate(
     matrices = [path.endswith(".npy") for path in paths]
     if not paths or any(matrices) != all(matrices):
         raise InputError("expected checkpoints, or score matrices (.npy), not both")
-    package()  # that it is missing is to be said now
-    encoded, folder = None, ids_path
+    if matrices[0] and not ids_path:
+        raise InputError("a score matrix needs the folder of its ids: --ids")
+    folder = ids_path
+    if not ids_path:
+        opt = ckpt.load(paths[0])["opt"]
+        folder = evaluation.find_data(data_path or opt.data_path, opt.data_name, opt.model)
+    # What is wrong with the files is to be said before hours of scoring.
+    ids = read_pair_of_ids(folder, split)
+    check_ids(*ids, package(extra_path or folder))
+    alike = read_cxc(extra_path or folder, *ids)
     if matrices[0]:
-        if not ids_path:
-            raise InputError("a score matrix needs the folder of its ids: --ids")
-        ids = read_pair_of_ids(ids_path, split)
         scores = evaluation.mean_scores(paths)
     else:
-        ids, scores = None, 0
+        scores = 0
         for path in paths:
             encoded = evaluation.encode_split(
                 path, data_path, split, vocab_path, evaluation.pick_device(device), batch_size
             )
             model, dataset, images, captions = encoded
-            folder = ids_path or os.path.dirname(dataset.path)
-            ids = ids or read_pair_of_ids(folder, split)
             check_sizes(dataset, ids, path)
             scores = scores + evaluation.split_scores(*encoded) / len(paths)
     print("COCO 5K")
@@ -311,10 +319,9 @@ def evaluate(
     print_both("CxC R@1 / 5 / 10", [metrics[f"cxc_r{k}"] for k in KS])
     if "pmrp" in metrics:
         print_both("PMRP", [metrics["pmrp"]])
-    if encoded and len(paths) == 1:
-        model, dataset, images, captions = encoded
+    if alike and len(paths) == 1 and not matrices[0]:
         if set(images) == {"regions"} and set(captions[0]) == {"words", "lengths", "index"}:
-            metrics["cxc"] = cxc_intra(model, images, captions, *ids, extra_path or folder)
+            metrics["cxc"] = cxc_intra(model, images, captions, alike)
         else:
             print("CxC i2i, t2t: not of this model, whose score needs more than regions and words")
         for way, recalls in metrics.get("cxc", {}).items():
