@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 import options
-from bert import EncoderTextBert, WordPieces, infer_config
+from bert import CONFIG, EncoderTextBert, WordPieces, infer_config
 from chan import CHAN
 from gsmn import GSMN
 from model import SCAN
@@ -68,6 +68,8 @@ def build_model(opt: argparse.Namespace, vocab_size: int) -> nn.Module:
     if opt.text_enc_type == "bert":
         try:
             given["text_encoder"] = EncoderTextBert(opt.bert_config, opt.embed_size, opt.no_txtnorm)
+        except InputError:  # the library is not there
+            raise
         except (TypeError, ValueError, KeyError) as error:
             raise InputError(f"BERT's configuration {opt.bert_config}: {error}") from None
     try:
@@ -201,6 +203,9 @@ def load(path: str, device: str | torch.device = "cpu") -> dict:
             f"{path}: a checkpoint of {system} without all its weights, or with odd ones "
             f"({type(error).__name__}: {error}); copy it again"
         ) from None
+    config = stored.get("bert_config", {})
+    if not isinstance(config, dict) or (config and config.keys() != set(CONFIG)):
+        raise InputError(f"{path}: its bert_config is {config!r}, expected {', '.join(CONFIG)}")
     sure = {"model": system, "text_enc_type": architecture["text_enc_type"]}
     filled |= architecture | stored | sure
     checkpoint["opt"] = argparse.Namespace(**filled)

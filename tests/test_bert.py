@@ -233,6 +233,24 @@ def test_a_checkpoint_as_published(tiny, little):
     train.main(flags("chan", num_epochs=2, resume="model_best.pth"))  # a published run goes on
 
 
+@pytest.mark.parametrize("config", ["x", {"hidden_size": 16}, SIZES | {"num_attention_heads": 3}])
+def test_a_checkpoint_with_an_odd_configuration(tiny, little, config):
+    train.main(flags(num_epochs=1))
+    state = torch.load("run/checkpoint_0.pth.tar", weights_only=False)
+    state["opt"].bert_config = config
+    torch.save(state, "odd.pth.tar")
+    with pytest.raises(InputError):
+        evaluation.evalrank("odd.pth.tar")
+
+
+def test_the_weights_say_which_encoder_it_is(tiny, little):
+    train.main(train_args(num_epochs=1))
+    state = torch.load("run/checkpoint_0.pth.tar", weights_only=False)
+    state["opt"].text_enc_type = "bert"
+    torch.save(state, "odd.pth.tar")
+    assert ckpt.load("odd.pth.tar")["opt"].text_enc_type == "bigru"
+
+
 def test_dropping_takes_whole_words(tiny, little):
     pieces = WordPieces.read("bert")
     opt = options.parse(["--model", "chan", "--img_dim", "12"])
