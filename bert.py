@@ -5,6 +5,7 @@ NAACL 2019 (arXiv:1810.04805). Letters: C captions, W pieces, H BERT's hidden si
 dimension.
 """
 
+import json
 import os
 
 import torch
@@ -70,14 +71,19 @@ class WordPieces:
 
         try:
             self.tokenizer = Tokenizer.from_str(text)
+            model = json.loads(text)["model"]
         except Exception as error:  # whatever the library's reader finds
             raise InputError(f"{source}: not a tokenizer ({error})") from None
+        # The library adds special tokens that a file lacks, but then cannot use them.
+        special = ["[CLS]", "[SEP]", self.unknown, self.mask]
+        if model.get("type") != "WordPiece" or not model["vocab"].keys() >= set(special):
+            raise InputError(
+                f"{source}: not BERT's tokens: expected WordPiece, {' '.join(special)} among its "
+                "pieces"
+            )
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.word2idx = self.tokenizer.get_vocab()
-        missing = [x for x in ("[CLS]", "[SEP]", self.unknown, self.mask) if x not in self.word2idx]
-        if missing:
-            raise InputError(f"{source}: not BERT's tokens: no {' '.join(missing)} among them")
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "WordPieces":

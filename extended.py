@@ -55,11 +55,14 @@ def package(extra_path: str | None = None):
 
 
 def top(scores: np.ndarray, queries: Sequence[int], items: Sequence[int], k: int) -> dict:
-    """Of each row's query id the ids of the k columns that score best, best first."""
+    """Of each row's query id the ids of the k columns that score best, best first.
+
+    Which of equal scores comes first is left open.
+    """
     items, ranked = np.asarray(items), {}
     for start in progress(range(0, len(scores), 256), "ranking"):
         rows = torch.as_tensor(np.ascontiguousarray(scores[start : start + 256]))
-        order = rows.sort(1, descending=True, stable=True).indices[:, :k]  # (256, k)
+        order = rows.topk(min(k, rows.size(1)), dim=1).indices  # (256, k)
         ids = items[order.numpy()].tolist()
         ranked.update(zip(queries[start : start + 256], ids, strict=True))
     return ranked

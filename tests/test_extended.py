@@ -80,27 +80,29 @@ def test_the_whole_test_set_against_the_package_itself():
     captions = [int(x) for x in judge.coco_ids]
     images = list(dict.fromkeys(judge.coco_gts["t2i"][x][0] for x in captions))
     rng = np.random.default_rng(0)
-    a, b = (rng.normal(size=(n, 16)).astype(np.float32) for n in (5000, 25000))
-    b += 0.7 * np.repeat(a, 5, 0)
+    a, b = (rng.normal(size=(n, 32)).astype(np.float32) for n in (5000, 25000))
+    b += 2 * np.repeat(a, 5, 0)
     scores = a @ b.T
     got = extended.coco_metrics(scores, images, captions)
-    ids = np.array(captions)
-    i2t = {x: ids[np.argsort(-row, kind="stable")] for x, row in zip(images, scores, strict=True)}
-    t2i = {}
-    for x in {*judge.eccv_gts["t2i"], *captions[::50]}:
-        row = scores[:, captions.index(x)]
-        t2i[x] = np.array(images)[np.argsort(-row, kind="stable")]
-    ranked = {"i2t": i2t, "t2i": t2i}
-    want = judge.eccv_metrics(ranked, "all")
+
+    def ranked(ids, of, row):
+        return np.array(of)[np.argsort(-row(ids), kind="stable")]
+
+    way = judge.eccv_gts
+    i2t = {x: ranked(images.index(x), captions, lambda i: scores[i]) for x in way["i2t"]}
+    t2i = {x: ranked(captions.index(x), images, lambda i: scores[:, i]) for x in way["t2i"]}
+    want = judge.eccv_metrics({"i2t": i2t, "t2i": t2i}, "all")
+    assert set(want) == {name for name in got if "eccv" in name}
     for name, both in want.items():
         assert got[name] == pytest.approx({way: 100 * x for way, x in both.items()}), name
-    assert 5 < got["eccv_map_at_r"]["i2t"] < 95
-    for k in (1, 5, 10):
-        want = judge.cxc_recalls({"i2t": i2t}, "i2t", K=k)["i2t"]
-        assert got[f"cxc_r{k}"]["i2t"] == pytest.approx(100 * want)
-    # Every image and caption is right here, so what CxC adds can only help.
-    recalls = evaluation.retrieval_metrics(scores)
-    assert got["cxc_r1"]["i2t"] >= recalls["i2t"]["r1"]
+        assert all(0 < x < 100 for x in got[name].values())
+    # CxC by its first rank. (It lacks some of COCO's own pairs, so it is not above Recall@1 always.)
+    first = {x: captions[i] for x, i in zip(images, scores.argmax(1), strict=True)}
+    hits = [first[x] in right for x, right in judge.cxc_gts["i2t"].items()]
+    assert got["cxc_r1"]["i2t"] == pytest.approx(100 * np.mean(hits)) and 0 < np.mean(hits) < 1
+    first = {x: images[i] for x, i in zip(captions, scores.argmax(0), strict=True)}
+    hits = [first[x] in right for x, right in judge.cxc_gts["t2i"].items()]
+    assert got["cxc_r1"]["t2i"] == pytest.approx(100 * np.mean(hits))
 
 
 def write(folder, name, ids):
@@ -224,9 +226,7 @@ def test_a_checkpoint_from_end_to_end(coco, system, capsys):
     assert got["cxc"]["t2t"] == pytest.approx(recalls(words, own))
 
     again = extended.evaluate(["s.npy", "s.npy"], ids_path=str(folder))
-    assert again == pytest.approx({n: x for n, x in got.items() if n != "cxc"}) or all(
-        again[name] == got[name] for name in again
-    )
+    assert again == {name: x for name, x in got.items() if name != "cxc"}
     two = extended.evaluate(["run/model_best.pth.tar"] * 2)
     assert two["coco_5k"] == got["coco_5k"] and "cxc" not in two
 
