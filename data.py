@@ -58,8 +58,8 @@ class Drop:
     Each region is dropped with probability `rate`; each word is chosen with probability 0.2, and
     then masked (half of them), replaced by a random one (a tenth) or dropped. <start> and <end> are
     words like others; WordPiece's [CLS] and [SEP] are not, and a word is all its pieces. An image
-    keeps a region at least, with `whole` its last one besides, and a caption a word. Random numbers
-    follow from seed, epoch and caption, so a resumed run draws the same.
+    keeps a region at least, with `whole` its last one besides, and a caption a token. Random
+    numbers follow from seed, epoch and caption, so a resumed run draws the same.
     """
 
     def __init__(self, rate: float, seed: int, vocab: Vocabulary, whole: bool = False):
@@ -90,9 +90,13 @@ class Drop:
         words = captions.where(chance >= 0.5, self.mask)  # (W,)
         words = words.where((chance < 0.5) | (chance >= 0.6), other)  # (W,)
         stay = (chance < 0.6) | (chance >= 1)  # (W,)
-        words = words[stay] if stay.any() else captions  # (W',)
+        if not stay.any():
+            words, stay = captions, torch.ones_like(stay)  # (W,)
         images = images.masked_fill(~inside[:, None], 0)  # (R, F)
-        return item | {"images": images, "captions": words, "inside": inside}
+        item = item | {"images": images, "captions": words[stay], "inside": inside}
+        if "adjacency" in item:
+            item["adjacency"] = item["adjacency"][stay][:, stay]  # (W', W')
+        return item
 
 
 class PrecompDataset(Dataset):
@@ -177,8 +181,8 @@ class PrecompDataset(Dataset):
             yield vocab.encode(caption)
         if empty:
             print(
-                f"warning: {path}: {len(empty)} empty captions (first at line {empty[0]}), kept as "
-                "<start> <end>"
+                f"warning: {path}: {len(empty)} empty captions (first at line {empty[0]}), kept "
+                "without a word"
             )
 
     def _read_ids(self, path: str, rows: int) -> list[str] | None:

@@ -17,7 +17,7 @@ import checkpoint as ckpt
 import evaluation
 import options
 import train
-from data import EpochSampler, get_train_loader, open_split
+from data import Drop, EpochSampler, get_train_loader, open_split
 from tests.conftest import read_log, train_args
 from util import distributed
 from vocab import deserialize_vocab
@@ -54,8 +54,9 @@ def gradients_of_an_epoch(flags: list[str], out: str) -> None:
     device = torch.device("cpu")
     with distributed.joined(device):
         rank, world = distributed.rank(), distributed.world()
-        vocab = deserialize_vocab("vocab/tiny_precomp_vocab.json")
+        vocab = ckpt.as_read(deserialize_vocab("vocab/tiny_precomp_vocab.json"), opt)
         dataset = open_split("data/tiny_precomp", "train", vocab, opt)
+        dataset.drop = Drop(0.2, 0, vocab) if opt.drop else None
         torch.manual_seed(0)
         model = ckpt.build_model(opt, len(vocab))
         encoder = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
@@ -105,6 +106,7 @@ def process(rank: int, world: int, port: int, job, flags: list[str], out: str) -
         (2, 33, {"model": "chan", "max_violation": None, "vse_mean_warmup_epochs": 0}),
         (2, 33, {"model": "chan", "criterion": "InfoNCELoss", "precomp_enc_type": "selfattention"}),
         (2, 33, {"model": "pfan", "vse_mean_warmup_epochs": 0}),
+        (2, 33, {"cross_attn": "i2t", "drop": True, "vse_mean_warmup_epochs": 0}),
         (2, 33, {"model": "pfan_whole", "cross_attn": "i2t", "vse_mean_warmup_epochs": 0}),
     ],
 )

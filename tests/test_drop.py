@@ -1,14 +1,21 @@
 """--drop for every system: a dropped region is as if the image had never had it."""
 
+import itertools
+
 import pytest
 import torch
 
+import checkpoint as ckpt
+import evaluation
+import options
 import train
 from chan import CHAN
+from data import Drop, open_split
 from gsmn import GSMN
 from model import AGG_FUNC, RAW_FEATURE_NORM, SCAN
 from pfan import PFAN, PFANWhole
 from tests.conftest import read_log, train_args
+from vocab import deserialize_vocab
 
 SIZES = {"img_dim": 6, "word_dim": 5, "embed_size": 8}
 SYSTEMS = [
@@ -96,9 +103,16 @@ def test_scores_and_gradients_are_those_of_the_regions_left(kind, more, directio
         assert not torch.allclose(net.similarity(*net(everything)), got, atol=1e-3)
 
 
-@pytest.mark.parametrize("system", ["scan", "gsmn", "pfan", "pfan_whole", "chan"])
-def test_a_run_with_drop_ends_and_resumes_exactly(tiny_positions, system):
-    flags = {"model": system, "drop": True, "num_epochs": 3}
+@pytest.mark.parametrize(
+    ("system", "more"),
+    [
+        *((system, {}) for system in ("scan", "gsmn", "pfan", "pfan_whole", "chan")),
+        ("gsmn", {"is_sparse": True}),
+        ("gsmn", {"is_sparse": True, "neighbours": True}),
+    ],
+)
+def test_a_run_with_drop_ends_and_resumes_exactly(tiny_positions, system, more):
+    flags = {"model": system, "drop": True, "num_epochs": 3} | more
     flags |= {"num_block": 4, "feat_dim": 4} if system == "gsmn" else {}
     if system == "pfan_whole":
         flags |= {"need_box_whole": True, "cross_attn": "t2i"}
@@ -109,6 +123,40 @@ def test_a_run_with_drop_ends_and_resumes_exactly(tiny_positions, system):
     for record in (*whole, *parts):
         del record["seconds"], record["peak_mib"]
     assert whole == parts
+
+
+def test_a_graph_loses_the_words_that_its_caption_loses(tiny_graphs):
+    opt = options.parse(["--model", "gsmn", "--is_sparse", "--img_dim", "12", "--drop"])
+    words = ckpt.as_read(deserialize_vocab("vocab/tiny_precomp_vocab.json"), opt)
+    data = open_split(str(tiny_graphs / "data" / "tiny_precomp"), "train", words, opt)
+    plain = [data[i] for i in range(len(data))]
+    data.drop = Drop(0.2, 0, words)
+    shorter = 0
+    for one, other in zip(plain, (data[i] for i in range(len(data))), strict=True):
+        before, after = len(one["captions"]), len(other["captions"])
+        assert other["adjacency"].shape == (after, after)
+        # Of a chain what is left: neighbours that stay neighbours, and themselves.
+        assert other["adjacency"].diagonal().all()
+        if after == before:
+            assert torch.equal(other["adjacency"], one["adjacency"])
+        else:
+            shorter += 1
+            left = [
+                rows
+                for rows in itertools.combinations(range(before), after)
+                if torch.equal(one["adjacency"][list(rows)][:, list(rows)], other["adjacency"])
+            ]
+            assert left
+    assert shorter > 10
+
+
+def test_a_run_goes_on_without_drop_and_again(tiny):
+    """The vocabulary keeps its <mask> then."""
+    train.main(train_args(num_epochs=1, drop=True))
+    train.main(train_args(num_epochs=2, resume="run/checkpoint_0.pth.tar"))
+    train.main(train_args(num_epochs=3, resume="run/checkpoint_1.pth.tar"))
+    evaluation.evalrank("run/checkpoint_2.pth.tar", vocab_path="vocab")
+    train.main(train_args(num_epochs=4, drop=True, resume="run/checkpoint_2.pth.tar"))
 
 
 def test_a_run_without_drop_cannot_go_on_with_it(tiny):
