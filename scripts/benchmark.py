@@ -272,7 +272,7 @@ def print_peak(name: str, size: dict, way: str, device: torch.device) -> None:
         job = getattr(Work(size, way, device), name)
     for _ in range(1 if name.startswith("growth") else 3):
         job()
-    print(peak_mib(device))
+    print(peak_mib(device) or "nan")
 
 
 def growth_job(n: int, size: dict, direction: str, device: torch.device) -> Callable[[], Tensor]:

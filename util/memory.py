@@ -1,24 +1,26 @@
 """How much memory a process took."""
 
 import contextlib
-import os
+import sys
 from pathlib import Path
 
 import torch
 
 
-def peak_mib(device: torch.device) -> float:
+def peak_mib(device: torch.device) -> int | None:
     """The most this process has held so far, in MiB: of the GPU on CUDA, else of its own memory.
 
-    The latter counts what it mapped of files and read.
+    The latter counts what it mapped of files and read. None where the system does not say.
     """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    if os.path.exists("/proc/self/status"):  # ru_maxrss would start at the parent's memory
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    with contextlib.suppress(OSError, ValueError, IndexError):  # Linux
+        # Before ru_maxrss, which would start at the memory of the process that started this one.
         status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
+        return round(int(status.partition("VmHWM:")[2].split()[0]) / 2**10)
     with contextlib.suppress(ImportError):  # not on Windows
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
-    return float("nan")
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+    return None
