@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 import checkpoint as ckpt
 import evaluation
 import vocab
+from data import repeats
 from options import COUNT, FROM_0, POSITIVE
 from scripts.benchmark import machine
 from util import positions
@@ -53,18 +54,23 @@ SYSTEMS = {
 WAYS = [(way, f"r{k}") for way in ("i2t", "t2i") for k in (1, 5, 10)]
 RECALLS = [f"{way}_{name}" for way, name in WAYS]
 HELD_OUT = 200
+# Flags of train.py that are not for the part of the command after --.
+SET_HERE = "model data_path data_name vocab_path img_dim device seed num_epochs lr_update resume"
+SET_HERE = [f"--{name}" for name in f"{SET_HERE} model_name logger_name".split()]
 
 
 def hold_out(source: Path, folder: Path) -> None:
     """A data set whose dev is cut off the training images, and whose test is the source's dev."""
-    rows = len(open_array(str(source / "train_ims.npy"), 3))
-    n = min(HELD_OUT, rows // 10)
+    train_images = open_array(str(source / "train_ims.npy"), 3)
+    rows = len(train_images)
+    stride = repeats(train_images, len(read_captions(source / "train_caps.txt")) // rows)
+    n = min(HELD_OUT, rows // 10) // stride * stride
     if not n:
         raise InputError(f"{source}: {rows} training images, too few to cut dev off")
     folder.mkdir(parents=True, exist_ok=True)
     parts = [("train", "train", slice(0, rows - n)), ("dev", "train", slice(rows - n, rows))]
     for split, old, some in (*parts, ("test", "dev", slice(None))):
-        for name in ("ims", "ims_bbx"):
+        for name in ("ims", "ims_bbx", "boxes"):
             path = source / f"{old}_{name}.npy"
             if path.is_file():
                 np.save(folder / f"{split}_{name}.npy", open_array(str(path), 3)[some])
@@ -75,7 +81,12 @@ def hold_out(source: Path, folder: Path) -> None:
             kind = [("image_w", "<f4"), ("image_h", "<f4")]
             np.save(folder / f"{split}_ims_size.npy", np.array([tuple(x) for x in sizes], kind))
         captions = read_captions(source / f"{old}_caps.txt")
-        k = len(captions) // images
+        k, left = divmod(len(captions), images)
+        if left:
+            raise InputError(
+                f"{source}/{old}_caps.txt: {len(captions)} captions for {images} images; expected "
+                "a multiple"
+            )
         kept = captions[slice(*(x * k for x in some.indices(images)[:2]))]
         (folder / f"{split}_caps.txt").write_text("".join(f"{x}\n" for x in kept), "utf-8")
 
@@ -86,16 +97,25 @@ def prepare(opt: argparse.Namespace) -> list[str]:
     if opt.split == "test" and not (folder / "test_ims.npy").is_file():
         cut = Path(opt.out) / "data" / opt.data_name
         print(f"notice: {folder}: no test split: dev is tested on, dev is cut off train, in {cut}")
-        if not (cut / "test_caps.txt").is_file():  # written last
+        files = sorted(folder.glob("*_*.*"))
+        source = {str(x.resolve()): [x.stat().st_size, x.stat().st_mtime] for x in files}
+        mark = cut / "source.json"
+        if not mark.is_file():
             hold_out(folder, cut)
+            mark.write_text(json.dumps(source))
+        elif json.loads(mark.read_text()) != source:
+            raise InputError(f"{cut}: cut off other data than {folder}; give another --out")
         folder = cut
+        if not (Path(opt.vocab_path) / f"{opt.data_name}_vocab.json").is_file():
+            opt.vocab_path = str(Path(opt.out) / "vocab")  # of fewer captions than the whole data's
     for split in ("train", "dev", opt.split):
         stem = str(folder / split)
-        if {"gsmn", "pfan"} & set(opt.systems) and not os.path.isfile(f"{stem}_ims_bbx.npy"):
+        blocks = "pfan" not in opt.systems or os.path.isfile(f"{stem}_boxes.npy")
+        if not os.path.isfile(f"{stem}_ims_bbx.npy") and ("gsmn" in opt.systems or not blocks):
             raise InputError(
                 f"{stem}_ims_bbx.npy: no boxes, which gsmn and pfan need; give --systems the others"
             )
-        if "pfan" in opt.systems and not os.path.isfile(f"{stem}_boxes.npy"):
+        if not blocks:
             positions.convert(stem)
     data = ["--data_path", str(folder.parent), "--data_name", opt.data_name]
     words = Path(opt.vocab_path) / f"{opt.data_name}_vocab.json"
@@ -130,7 +150,7 @@ def fit(folder: Path, flags: list[str], opt: argparse.Namespace) -> list[dict]:
     # The first, of the summed hinge, is slower. No rate falls in these two.
     log = train(folder, [*flags, "--num_epochs", "2", "--lr_update", "2"])
     first, second = (epoch["seconds"] for epoch in log)
-    epochs = 2 + max(0, int((60 * opt.minutes - first - second) / max(second, 1e-3)))
+    epochs = 2 + max(0, int((60 * opt.minutes - first - second) / max(second, 0.1)))
     if epochs == 2:
         return log
     resume = ["--resume", str(folder / "checkpoint_1.pth.tar")]
@@ -151,7 +171,8 @@ def one_run(system: str, seed: int, data: list[str], opt: argparse.Namespace) ->
         if result["asked"] == asked:
             print(f"{folder}: done before")
             return result
-        done.unlink()
+        ckpt.prepare(opt.out, ("table.*",))  # a comparison with other flags keeps its files
+    ckpt.prepare(str(folder), ("*.pth.tar", "*.json*", "*.log", "events.out.tfevents.*"))
     print(f"{SYSTEMS[system][0]}, seed {seed}: {shlex.join(flags)}", flush=True)
     log = fit(folder, flags, opt)
     best = str(folder / "model_best.pth.tar")
@@ -166,7 +187,7 @@ def one_run(system: str, seed: int, data: list[str], opt: argparse.Namespace) ->
     result |= {f"{way}_{name}": metrics[way][name] for way, name in WAYS}
     result |= {"rsum": metrics["rsum"], "parameters": weights}
     result |= {"train_minutes": sum(epoch["seconds"] for epoch in log) / 60}
-    result |= {"test_seconds": seconds, "peak_mib": max(epoch["peak_mib"] for epoch in log)}
+    result |= {"test_seconds": seconds, "peak_mib": max(epoch["peak_mib"] or 0 for epoch in log)}
     result["asked"] = asked
     with replacing(done) as part:
         Path(part).write_text(json.dumps(result))
@@ -232,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data_path", required=True, help="folder that holds DATA_NAME/")
     parser.add_argument("--data_name", required=True, help="e.g. f30k_precomp")
     parser.add_argument("--vocab_path", default="vocab", help="read from, or made there")
-    parser.add_argument("--out", default="runs/compare", help="runs and tables go here")
+    parser.add_argument("--out", help="runs and tables go here; default: runs/compare_{data_name}")
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--minutes", type=POSITIVE, help="wall time of each training")
     length.add_argument("--num_epochs", type=COUNT, help="epochs of each training")
@@ -244,6 +265,10 @@ def main(argv: list[str] | None = None) -> None:
     at = argv.index("--") if "--" in argv else len(argv)
     opt = parser.parse_args(argv[:at])
     opt.flags = argv[at + 1 :]
+    own = [flag for flag in opt.flags if flag.partition("=")[0] in SET_HERE]
+    if own:
+        parser.error(f"{' '.join(own)}: this script sets that itself")
+    opt.out = opt.out or f"runs/compare_{opt.data_name}"
     evaluation.pick_device(opt.device)
     os.makedirs(opt.out, exist_ok=True)
     data = prepare(opt)

@@ -46,8 +46,13 @@ def test_all_systems_two_seeds(tiny_graphs, capsys, monkeypatch):
 
     monkeypatch.setattr(compare, "train", never)
     compare.main(args)  # all is done
+    result = (tiny_graphs / "out/scan_seed0/result.json").read_text()
     with pytest.raises(AssertionError, match="trained again"):
         compare.main([*args, "--margin", "0.1"])  # not with these flags
+    # What there was is kept.
+    assert (tiny_graphs / "out/scan_seed0/earlier_1/result.json").read_text() == result
+    assert (tiny_graphs / "out/earlier_1/table.md").read_text() == text
+    assert (tiny_graphs / "out/gsmn_seed0/result.json").is_file()
 
 
 def test_minutes_choose_the_epochs(tmp_path, monkeypatch):
@@ -86,6 +91,42 @@ def test_dev_is_cut_off_train_where_there_is_no_test(tiny_graphs, capsys):
     assert (cut / "dev_caps.txt").read_text().splitlines() == lines[-10:]
     assert (cut / "train_caps.txt").read_text().splitlines() == lines[:-10]
     assert [row["system"] for row in read_table()] == ["pfan"]
+    assert not (tiny_graphs / "vocab/other_vocab.json").exists()
+    with open(data / "train_caps.txt", "a") as file:
+        file.write("one more\n")
+    with pytest.raises(InputError, match="cut off other data than .*; give another --out"):
+        compare.main([*ARGS, "--num_epochs", "1", "--systems", "pfan", *TINY.split()])
+    with pytest.raises(InputError, match="101 captions for 20 images; expected a multiple"):
+        compare.main([*ARGS, "--num_epochs", "1", "--out", "new"])
+
+
+def test_a_vocabulary_of_cut_data_stays_with_it(tiny):
+    data = tiny / "data/tiny_precomp"
+    for path in data.glob("test_*"):
+        path.unlink()
+    shutil.rmtree("vocab")
+    compare.main([*ARGS, "--num_epochs", "1", "--systems", "scan", *TINY.split()])
+    assert (tiny / "out/vocab/tiny_precomp_vocab.json").is_file() and not (tiny / "vocab").exists()
+
+
+def test_published_positions_need_no_boxes(tiny_positions):
+    for path in (tiny_positions / "data/tiny_precomp").glob("*_bbx.npy"):
+        path.unlink()
+    compare.main([*ARGS, "--num_epochs", "1", "--systems", "pfan", *TINY.split()])
+    with pytest.raises(InputError, match="no boxes"):
+        compare.main([*ARGS, "--num_epochs", "1", "--systems", "gsmn", *TINY.split()])
+
+
+def test_a_run_of_minutes(tiny):
+    """0.001 minutes hold no third epoch, whatever the machine; 2 epochs and 1 more do."""
+    compare.main([*ARGS, "--minutes", "0.001", "--systems", "scan", *TINY.split()])
+    (row,) = read_table()
+    assert row["epochs"] == "2" and len(read_log("out/scan_seed0")) == 2
+    args = [*ARGS, "--out", "more", "--systems", "scan", "--minutes"]
+    seconds = [epoch["seconds"] for epoch in read_log("out/scan_seed0")]
+    compare.main([*args, str((sum(seconds) + 4 * max(seconds[1], 0.1)) / 60), *TINY.split()])
+    epochs = [epoch["epoch"] for epoch in read_log("more/scan_seed0")]
+    assert epochs == list(range(len(epochs))) and len(epochs) > 2
 
 
 def test_what_is_wrong_is_said(tiny, capsys):
@@ -98,6 +139,10 @@ def test_what_is_wrong_is_said(tiny, capsys):
     with pytest.raises(SystemExit):
         compare.main(ARGS)
     assert "--minutes --num_epochs is required" in capsys.readouterr().err
+    for flag in ("--seed", "--lr_update=3"):
+        with pytest.raises(SystemExit):
+            compare.main([*ARGS, "--num_epochs", "1", "--", flag, "3"])
+        assert f"{flag}: this script sets that itself" in capsys.readouterr().err
 
 
 def test_a_result_is_not_read_for_another_split(tiny, monkeypatch):
