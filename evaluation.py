@@ -320,6 +320,8 @@ def encode_split(
     **published,
 ) -> tuple[nn.Module, PrecompDataset, dict[str, Tensor], list[dict[str, Tensor]]]:
     """A checkpoint's model, and a split in its encoding; see evalrank and encode_data."""
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size {batch_size}: expected at least 1")
     model, vocab, opt = ckpt.load_model(model_path, vocab_path, device)
     print("Loading dataset")
     folder = find_data(data_path or opt.data_path, opt.data_name, opt.model)
@@ -379,8 +381,6 @@ def evalrank(
     paths = [model_path] if isinstance(model_path, (str, os.PathLike)) else list(model_path)
     if not paths:
         raise InputError("no checkpoint to evaluate")
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"batch_size {batch_size}: expected at least 1")
     if save_path and (
         os.path.isdir(save_path) or not os.path.isdir(os.path.dirname(save_path) or ".")
     ):

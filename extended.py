@@ -51,7 +51,12 @@ def package(extra_path: str | None = None):
     if len(there) == 1:
         (missing,) = set(files) - set(there)
         raise InputError(f"{missing}: no such file, but {there[0]} is there; PMRP needs both")
-    return eccv_caption.Metrics(extra_file_dir=extra_path if there else None)
+    try:
+        return eccv_caption.Metrics(extra_file_dir=extra_path if there else None)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"{' or '.join(there)}: expected {{id: [ids]}} ({error}); download it again"
+        ) from None
 
 
 def top(scores: np.ndarray, queries: Sequence[int], items: Sequence[int], k: int) -> dict:
@@ -63,7 +68,7 @@ def top(scores: np.ndarray, queries: Sequence[int], items: Sequence[int], k: int
     for start in progress(range(0, len(scores), 256), "ranking"):
         rows = torch.as_tensor(np.ascontiguousarray(scores[start : start + 256]))
         order = rows.topk(min(k, rows.size(1)), dim=1).indices  # (256, k)
-        ids = items[order.numpy()].tolist()
+        ids = items[order.numpy()]
         ranked.update(zip(queries[start : start + 256], ids, strict=True))
     return ranked
 
@@ -95,11 +100,14 @@ def coco_metrics(
         "i2t": top(scores, image_ids, caption_ids, max(most["i2t"], KS[-1])),
         "t2i": top(np.transpose(scores), caption_ids, image_ids, max(most["t2i"], KS[-1])),
     }
-    with contextlib.redirect_stderr(io.StringIO()):  # a bar that cannot be turned off
-        metrics = judge.eccv_metrics(ranked, "all")
-        metrics |= {f"cxc_r{k}": judge.cxc_recalls(ranked, "all", K=k) for k in KS}
-        if judge.pm_gts:
-            metrics["pmrp"] = judge.pmrp(ranked, "all")
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar that cannot be turned off
+            metrics = judge.eccv_metrics(ranked, "all")
+            metrics |= {f"cxc_r{k}": judge.cxc_recalls(ranked, "all", K=k) for k in KS}
+            if judge.pm_gts:
+                metrics["pmrp"] = judge.pmrp(ranked, "all")
+    except KeyError as error:
+        raise InputError(f"id {error} is judged, but not among those given") from None
     return {
         name: {way: 100 * float(x) for way, x in both.items()} for name, both in metrics.items()
     }
@@ -176,7 +184,8 @@ def image_rows(model: nn.Module, images: dict[str, Tensor]) -> Iterator[tuple[Te
     lengths = torch.full((len(regions),), regions.size(1))  # (N,)
     captions = {"words": regions, "lengths": lengths}
     for index in progress(torch.arange(len(regions)).split(64), "image with image"):
-        yield index, model.similarity({"regions": regions[index]}, captions).cpu()  # (n, N)
+        some = {"regions": regions[index.to(regions.device)]}  # (n, R, D)
+        yield index, model.similarity(some, captions).cpu()  # (n, N)
 
 
 def caption_rows(
@@ -185,15 +194,14 @@ def caption_rows(
     """Scores (n, M) of some captions, whose words stand for regions, with all captions."""
     total = sum(len(group["index"]) for group in captions)
     parts = [
-        (group["index"][some], {"regions": group["words"][some]})
-        for group in captions
-        for some in torch.arange(len(group["index"])).split(64)
+        (group, some) for group in captions for some in torch.arange(len(group["index"])).split(64)
     ]
-    for index, images in progress(parts, "caption with caption"):
-        scores = torch.empty(len(index), total)  # (n, M)
+    for queries, some in progress(parts, "caption with caption"):
+        images = {"regions": queries["words"][some.to(queries["words"].device)]}  # (n, W, D)
+        scores = torch.empty(len(some), total)  # (n, M)
         for group in captions:
             scores[:, group["index"]] = model.similarity(images, group).cpu()
-        yield index, scores
+        yield queries["index"][some], scores
 
 
 def intra_recalls(

@@ -10,7 +10,7 @@ import torch
 import evaluation
 import extended
 import train
-from tests.conftest import train_args, write_split
+from tests.conftest import train_args, write_positions, write_split
 from util.cli import InputError
 
 eccv_caption = pytest.importorskip("eccv_caption")
@@ -45,7 +45,7 @@ def small(monkeypatch):
     monkeypatch.setattr(eccv_caption, "Metrics", Small)
 
 
-def test_a_ranking_by_hand(small, tmp_path):
+def test_a_ranking_by_hand(small, tmp_path, monkeypatch):
     got = extended.coco_metrics(SCORES, IMAGES, CAPTIONS)
     # 30 ranks 7+ 9- 2+ | 8: of R = 3 two are right; precision at the right ones 1 and 2/3.
     # 20 ranks 7- 1- | 2 8: of R = 2 none. Captions: 7 ranks 30+ 20+; 9 ranks 10- | 30.
@@ -69,6 +69,9 @@ def test_a_ranking_by_hand(small, tmp_path):
         (tmp_path / name).write_text("{}")
     got = extended.coco_metrics(SCORES, IMAGES, CAPTIONS, str(tmp_path))
     assert got["pmrp"] == pytest.approx({"i2t": 50, "t2i": 50})  # 30: 7+ 9-; 4: 10+ 30-
+    monkeypatch.setattr(Small, "__init__", lambda *_: json.loads("{"))
+    with pytest.raises(InputError, match=r"pm_image.*or .*pm_caption.*: expected {id: \[ids\]}"):
+        extended.coco_metrics(SCORES, IMAGES, CAPTIONS, str(tmp_path))
     (tmp_path / extended.PLAUSIBLE[0]).unlink()
     with pytest.raises(InputError, match="pm_image_to_caption.json: no such file, but .*PMRP"):
         extended.coco_metrics(SCORES, IMAGES, CAPTIONS, str(tmp_path))
@@ -96,7 +99,7 @@ def test_the_whole_test_set_against_the_package_itself():
     for name, both in want.items():
         assert got[name] == pytest.approx({way: 100 * x for way, x in both.items()}), name
         assert all(0 < x < 100 for x in got[name].values())
-    # CxC by its first rank. (It lacks some of COCO's own pairs, so it is not above Recall@1 always.)
+    # CxC by its first rank; it lacks some of COCO's own pairs, so Recall@1 may be above it.
     first = {x: captions[i] for x, i in zip(images, scores.argmax(1), strict=True)}
     hits = [first[x] in right for x, right in judge.cxc_gts["i2t"].items()]
     assert got["cxc_r1"]["i2t"] == pytest.approx(100 * np.mean(hits)) and 0 < np.mean(hits) < 1
@@ -232,9 +235,6 @@ def test_a_checkpoint_from_end_to_end(coco, system, capsys):
 
 
 def test_a_model_whose_score_needs_more_has_no_intra_recalls(coco, capsys):
-    from tests.conftest import write_positions
-    from util import positions
-
     folder, _, _ = coco
     for split in ("train", "dev", "testall"):
         n, regions, _ = np.load(folder / f"{split}_ims.npy").shape
@@ -243,7 +243,6 @@ def test_a_model_whose_score_needs_more_has_no_intra_recalls(coco, capsys):
         kind = [("image_w", "<i8"), ("image_h", "<i8")]
         np.save(folder / f"{split}_ims_size.npy", np.array([(100, 100)] * n, kind))
         write_positions(folder, split)
-    assert positions
     train.main(train_args(model="pfan_whole", num_epochs=1))
     (folder / "cxc_i2i.json").write_text('{"100": [[107, 3.0]]}')
     got = extended.evaluate("run/model_best.pth.tar")
@@ -256,6 +255,8 @@ def test_wrong_calls(coco, tiny, monkeypatch, capsys):
     best = "run/model_best.pth.tar"
     with pytest.raises(InputError, match="not both"):
         extended.evaluate([best, "a.npy"])
+    with pytest.raises(InputError, match="batch_size -1: expected at least 1"):
+        extended.evaluate(best, batch_size=-1)
     with pytest.raises(InputError, match="needs the folder of its ids"):
         extended.evaluate("a.npy")
     write_split(folder, "test", 14)
