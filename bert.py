@@ -7,6 +7,9 @@ dimension.
 
 import json
 import os
+import re
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +38,8 @@ def library():
     return transformers
 
 
-def fetch(kind: str, path: str, *files: str):
-    """A part of BERT (a class of transformers) from a folder, or by a name known to its hub.
+def fetch(what: str, path: str, read: Callable, *files: str):
+    """What `read` makes of a folder, or of a name known to the library's hub.
 
     At least one of the `files`, if any are named, must be there.
     """
@@ -49,13 +52,14 @@ def fetch(kind: str, path: str, *files: str):
             except OSError:
                 if left == 0:
                     raise
-        return getattr(transformers, kind).from_pretrained(path)
+        return read(path)
     except Exception as error:  # a damaged or hostile file can fail anywhere in their readers
         where = "" if os.path.isdir(path) else ", which is no folder, and its files are not here"
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
-            f"--bert_path {path}{where}: no {kind} could be read ({said[0]}); give a folder with "
-            "config.json, model.safetensors and vocab.txt, as of bert-base-uncased"
+            f"BERT {path}{where}: no {what} could be read ({said[0]}); give --bert_path (to "
+            "evaluate: --vocab_path) a folder with config.json, model.safetensors and vocab.txt, "
+            "as of bert-base-uncased"
         ) from None
 
 
@@ -89,9 +93,21 @@ class WordPieces:
     def read(cls, path: str | os.PathLike) -> "WordPieces":
         """The tokens of a BERT: a folder with vocab.txt or tokenizer.json, or a name."""
         path = os.fspath(path)
+        read = library().BertTokenizerFast.from_pretrained
         # Without these files the library would make up a tokenizer of five pieces.
-        tokenizer = fetch("BertTokenizer", path, "tokenizer.json", "vocab.txt")
+        tokenizer = fetch("tokens", path, read, "tokenizer.json", "vocab.txt")
         return cls(tokenizer.backend_tokenizer.to_str(), path)
+
+    def check_rows(self, rows: int, source: str) -> "WordPieces":
+        """Itself, if a BERT with so many rows for pieces can read them."""
+        if len(self) > rows:
+            raise InputError(f"{source}: {len(self)} WordPiece tokens, but BERT has {rows} rows")
+        if len(self) < rows:
+            print(
+                f"warning: {source}: {len(self)} WordPiece tokens, but BERT has {rows} rows for "
+                "them: are they its own?"
+            )
+        return self
 
     def __len__(self) -> int:
         return max(self.word2idx.values()) + 1
@@ -107,10 +123,40 @@ class WordPieces:
 
 def read_config(path: str) -> dict:
     """What decides the architecture of the BERT at a path."""
-    config = fetch("AutoConfig", path)
-    if config.model_type != "bert":
-        raise InputError(f"--bert_path {path}: a {config.model_type} model, expected bert")
+    kind = library().BertConfig
+    raw = fetch("config.json", path, lambda path: kind.get_config_dict(path)[0], "config.json")
+    if raw.get("model_type", "bert") != "bert":
+        raise InputError(f"BERT {path}: a {raw['model_type']} model, expected bert")
+    try:
+        config = kind(**{name: raw[name] for name in CONFIG if name in raw})
+    except Exception as error:  # the library checks types with errors of its own
+        raise InputError(f"BERT {path}: config.json: {str(error).splitlines()[0]}") from None
     return {name: getattr(config, name) for name in CONFIG}
+
+
+def pretrained(path: str) -> dict[str, Tensor]:
+    """The weights of the BERT at a path; InputError where some are not there or do not fit."""
+    read = partial(
+        library().BertModel.from_pretrained,
+        output_loading_info=True,
+        attn_implementation="sdpa",  # not what the file says, which can be code from elsewhere
+    )
+    model, report = fetch("weights", path, read)
+    # Only the parts that are read count: files hold heads for pretraining besides.
+    wrong = [f"no {name}" for name in sorted(report["missing_keys"]) if "pooler." not in name]
+    wrong += [
+        f"unknown {name}"
+        for name in sorted(report["unexpected_keys"])
+        if re.search(r"\b(encoder|embeddings)\.", name) and not name.endswith("position_ids")
+    ]
+    wrong += [f"{name} of another size" for name, *_ in report["mismatched_keys"]]
+    if wrong:
+        more = " ..." if len(wrong) > 3 else ""
+        raise InputError(
+            f"BERT {path}: its weights are not those of its config.json: {', '.join(wrong[:3])}"
+            f"{more}"
+        )
+    return model.state_dict()
 
 
 def infer_config(state: dict[str, Tensor]) -> dict:
@@ -141,7 +187,7 @@ class EncoderTextBert(nn.Module):
 
     def start_from(self, path: str) -> None:
         """Take the weights of the BERT at a path."""
-        self.bert.load_state_dict(fetch("BertModel", path).state_dict())
+        self.bert.load_state_dict(pretrained(path))
 
     def forward(self, captions: Tensor, lengths: Tensor) -> Tensor:
         """captions (C, W) ids, lengths (C,) -> pieces (C, W, D), zero beyond each length."""
@@ -156,6 +202,9 @@ class EncoderTextBert(nn.Module):
             )
         at = torch.arange(captions.size(1))  # (W,)
         inside = (at < lengths.cpu()[:, None]).to(captions.device, non_blocking=True)  # (C, W)
-        hidden = self.bert(captions, attention_mask=inside.long()).last_hidden_state  # (C, W, H)
+        # With four axes the library takes the mask as it is; else it would look at its values on
+        # the host.
+        mask = inside[:, None, None].expand(-1, 1, len(at), -1)  # (C, 1, W, W)
+        hidden = self.bert(captions, attention_mask=mask).last_hidden_state  # (C, W, H)
         x = self.linear(hidden).float().masked_fill(~inside[..., None], 0)  # (C, W, D)
         return (x if self.no_txtnorm else l2norm(x, dim=-1)), x[:, 0]

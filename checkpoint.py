@@ -203,8 +203,12 @@ def load(path: str, device: str | torch.device = "cpu") -> dict:
             f"{path}: a checkpoint of {system} without all its weights, or with odd ones "
             f"({type(error).__name__}: {error}); copy it again"
         ) from None
-    config = stored.get("bert_config", {})
-    if not isinstance(config, dict) or (config and config.keys() != set(CONFIG)):
+    config = stored.get("bert_config", dict.fromkeys(CONFIG, 0))
+    if (
+        not isinstance(config, dict)
+        or config.keys() != set(CONFIG)
+        or not all(isinstance(x, (int, float, str)) for x in config.values())
+    ):
         raise InputError(f"{path}: its bert_config is {config!r}, expected {', '.join(CONFIG)}")
     sure = {"model": system, "text_enc_type": architecture["text_enc_type"]}
     filled |= architecture | stored | sure
@@ -280,7 +284,8 @@ def find_vocab(
     opt = checkpoint["opt"]
     own, stored = None, checkpoint.get("vocab")
     if opt.text_enc_type == "bert":
-        return find_pieces(stored, path, vocab_path or opt.bert_path, opt.bert_config["vocab_size"])
+        rows = len(checkpoint["model"][1][PIECES])
+        return find_pieces(stored, path, vocab_path, opt.bert_path, rows)
     if stored is None and isinstance(getattr(opt, "word2idx", None), dict):
         stored = {"word2idx": opt.word2idx}  # published CHAN, if it started from word vectors
     if stored is not None:
@@ -293,6 +298,8 @@ def find_vocab(
         files = [p if p.endswith(".json") else vocab_file(opt, p) for p in places]
         source = next((file for file in files if os.path.isfile(file)), files[0])
         vocab = as_read(deserialize_vocab(source), opt)
+        if own is not None and own.mask in own.word2idx:  # once trained with --drop
+            vocab.add_word(vocab.mask)
     rows = checkpoint["model"][1]["embed.weight"].shape[0]
     if len(vocab) != rows:
         raise InputError(
@@ -307,15 +314,26 @@ def find_vocab(
     return own or vocab
 
 
-def find_pieces(stored: dict | None, path: str, bert_path: str, rows: int) -> WordPieces:
-    """The WordPiece tokens of a checkpoint, or those of the BERT at `bert_path`."""
-    if stored is None:
-        pieces, path = WordPieces.read(bert_path), bert_path
-    else:
+def find_pieces(
+    stored: dict | None, path: str, vocab_path: str | os.PathLike | None, bert_path: str, rows: int
+) -> WordPieces:
+    """The WordPiece tokens of a checkpoint whose BERT has so many rows for them.
+
+    If it does not hold them, as published ones do not: those of the BERT at `vocab_path`, or else
+    at `bert_path`.
+    """
+    if stored is not None:
+        if vocab_path:
+            print(f"notice: {path} holds its own WordPiece tokens, {vocab_path} is not read")
         text = stored.get("tokenizer_json") if isinstance(stored, dict) else None
-        pieces = WordPieces(text if isinstance(text, str) else "", path)
-    if len(pieces) > rows:
-        raise InputError(f"{path}: {len(pieces)} WordPiece tokens, but BERT has rows for {rows}")
+        return WordPieces(text if isinstance(text, str) else "", path).check_rows(rows, path)
+    source = os.fspath(vocab_path or bert_path)
+    pieces = WordPieces.read(source)
+    if len(pieces) != rows:
+        raise InputError(
+            f"{source}: {len(pieces)} WordPiece tokens, but {path} was trained with {rows}; give "
+            "--vocab_path the folder of the BERT that it started from"
+        )
     return pieces
 
 

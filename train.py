@@ -228,7 +228,7 @@ def fit(opt: argparse.Namespace, device: torch.device) -> None:
                     "lr": optimizer.param_groups[0]["lr"],
                     "Le": at["loss_sum"] / max(at["loss_count"], 1),
                     "seconds": round(time.time() - start, 1),
-                    "peak_mib": round(peak_mib(device)),
+                    "peak_mib": peak_mib(device),
                     **metrics,
                     "best_rsum": at["best_rsum"],
                 }
@@ -396,8 +396,10 @@ def read_vocab(opt: argparse.Namespace, resumed: dict | None) -> Vocabulary | Wo
         raise InputError(f"{opt.resume}: give --text_enc_type {kind}, as it was trained with")
     if opt.text_enc_type == "bert":
         if resumed:
-            return ckpt.find_vocab(resumed, opt.resume, opt.bert_path)
-        return WordPieces.read(opt.bert_path)
+            published = resumed.get("vocab") is None
+            return ckpt.find_vocab(resumed, opt.resume, opt.bert_path if published else None)
+        rows = read_config(opt.bert_path)["vocab_size"]
+        return WordPieces.read(opt.bert_path).check_rows(rows, opt.bert_path)
     path = ckpt.vocab_file(opt, opt.vocab_path)
     if resumed is None:
         return ckpt.as_read(deserialize_vocab(path), opt)

@@ -205,7 +205,7 @@ def test_the_rates_reach_the_optimizer_and_fall_together(tiny, little, monkeypat
     assert np.allclose(seen[0], [0.01, 0.001]) and np.allclose(seen[-1], [0.001, 0.0001])
 
 
-def test_a_checkpoint_as_published(tiny, little):
+def test_a_checkpoint_as_published(tiny, little, capsys):
     """No configuration, no tokens, a buffer that the library has dropped; heads of 64 numbers."""
     shutil.rmtree("bert")
     folder = tiny / "bert"
@@ -227,16 +227,27 @@ def test_a_checkpoint_as_published(tiny, little):
         del state[name]
     state["model"][1]["bert.embeddings.position_ids"] = torch.arange(32)[None]
     torch.save(state, "model_best.pth")
-    with pytest.raises(InputError, match="--bert_path bert-base-uncased, which is no folder"):
+    with pytest.raises(InputError, match="BERT bert-base-uncased, which is no folder"):
         evaluation.evalrank("model_best.pth")
     assert evaluation.evalrank("model_best.pth", vocab_path="bert") == want
+    (folder / "vocab.txt").write_text("".join(f"{p}\n" for p in PIECES[:-1]))
+    with pytest.raises(InputError, match="34 WordPiece tokens, but model_best.pth was trained wi"):
+        evaluation.evalrank("model_best.pth", vocab_path="bert")
+    write_bert(folder, hidden_size=128)
+    capsys.readouterr()
+    evaluation.evalrank("run/checkpoint_0.pth.tar", vocab_path="nowhere")
+    assert "holds its own WordPiece tokens, nowhere is not read" in capsys.readouterr().out
     train.main(flags("chan", num_epochs=2, resume="model_best.pth"))  # a published run goes on
 
 
-@pytest.mark.parametrize("config", ["x", {"hidden_size": 16}, SIZES | {"num_attention_heads": 3}])
+@pytest.mark.parametrize(
+    "config", ["x", {}, {"hidden_size": 16}, {"vocab_size": "x"}, {"num_attention_heads": 3}]
+)
 def test_a_checkpoint_with_an_odd_configuration(tiny, little, config):
     train.main(flags(num_epochs=1))
     state = torch.load("run/checkpoint_0.pth.tar", weights_only=False)
+    if len(config) == 1 and "hidden_size" not in config:  # one value is odd
+        config = state["opt"].bert_config | config
     state["opt"].bert_config = config
     torch.save(state, "odd.pth.tar")
     with pytest.raises(InputError):
@@ -302,23 +313,28 @@ def test_what_does_not_go_with_bert(args, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_wrong_folders_are_named(tiny, little):
+def test_wrong_folders_are_named(tiny, little, capsys):
     for path, message in (
-        ("none", "--bert_path none, which is no folder, and its files are not here: no BertTok"),
-        ("vocab", "--bert_path vocab: no "),
+        ("none", "BERT none, which is no folder, and its files are not here: no config.json could"),
+        ("vocab", "BERT vocab: no config.json could be read"),
     ):
         with pytest.raises(InputError, match=re.escape(message)):
             train.main(flags(bert_path=path))
-    os.remove("bert/model.safetensors")
-    with pytest.raises(InputError, match="--bert_path bert: no BertModel could be read"):
+    os.rename("bert/model.safetensors", "model.safetensors")
+    with pytest.raises(InputError, match="BERT bert: no weights could be read"):
         train.main(flags())
+    os.rename("model.safetensors", "bert/model.safetensors")
     (tiny / "bert" / "vocab.txt").write_text("a\nb\n")
     with pytest.raises(InputError, match="bert: not BERT's tokens: expected WordPiece"):
         train.main(flags())
     (tiny / "bert" / "vocab.txt").write_text("".join(f"{p}\n" for p in [*PIECES, "one", "two"]))
-    train_error = f"{len(PIECES) + 2} WordPiece tokens, but BERT has rows for {len(PIECES)}"
-    with pytest.raises(InputError, match=train_error):
+    said = f"{len(PIECES) + 2} WordPiece tokens, but BERT has {len(PIECES)} rows"
+    with pytest.raises(InputError, match=said):
         train.main(flags())
+    (tiny / "bert" / "vocab.txt").write_text("".join(f"{p}\n" for p in PIECES[:-1]))
+    train.main(flags(num_epochs=1))
+    said = f"warning: bert: {len(PIECES) - 1} WordPiece tokens, but BERT has {len(PIECES)} rows"
+    assert said in capsys.readouterr().out
     config = json.loads((tiny / "bert" / "config.json").read_text())
     config["model_type"] = "roberta"
     (tiny / "bert" / "config.json").write_text(json.dumps(config))
@@ -378,7 +394,7 @@ def test_pickled_weights_run_nothing(tiny, little):
     os.remove("bert/model.safetensors")
     with open("bert/pytorch_model.bin", "wb") as file:
         pickle.dump({"embeddings.word_embeddings.weight": Evil()}, file)
-    with pytest.raises(InputError, match="no BertModel could be read"):
+    with pytest.raises(InputError, match="no weights could be read"):
         train.main(flags())
     assert not os.path.exists("owned")
 
@@ -386,10 +402,60 @@ def test_pickled_weights_run_nothing(tiny, little):
 def test_code_beside_the_weights_is_not_run(tiny, little):
     config = json.loads((tiny / "bert" / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}
+    config["attn_implementation"] = config["_attn_implementation"] = "evil-org/flash"
     (tiny / "bert" / "config.json").write_text(json.dumps(config))
     (tiny / "bert" / "evil.py").write_text("import os\nos.mkdir('owned')\n")
     train.main(flags(num_epochs=1))
+    config["model_type"] = "new"  # nobody is asked whether its code may run
+    (tiny / "bert" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="BERT bert: a new model, expected bert"):
+        train.main(flags())
     assert not os.path.exists("owned")
+
+
+def damage(folder, how):
+    """Rewrite a BERT's weights, or its configuration."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    if how == "foreign":
+        state = {f"other.{name}": x for name, x in state.items()}
+    elif how == "layer":
+        state = {name: x for name, x in state.items() if "layer.1." not in name}
+    elif how == "size":
+        name = "encoder.layer.0.intermediate.dense.bias"
+        state[name] = state[name][:-1].clone()
+    elif how == "heads":  # as released: under bert., with heads for pretraining
+        state = {f"bert.{name}": x for name, x in state.items() if "pooler" not in name}
+        state["cls.predictions.bias"] = torch.zeros(len(PIECES))
+        state["bert.embeddings.position_ids"] = torch.arange(32)[None]
+    save_file(state, path, {"format": "pt"})
+    if how == "config":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("foreign", "are not those of its config.json: no embeddings.LayerNorm.bias"),
+        ("layer", "no encoder.layer.1."),
+        ("size", "weights"),
+        ("config", "unknown encoder.layer.1."),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(tiny, little, how, message):
+    damage(little[0], how)
+    with pytest.raises(InputError, match=message):
+        train.main(flags())
+
+
+def test_weights_as_released_are_read(tiny, little):
+    want = little[1].state_dict()
+    damage(little[0], "heads")
+    got = bert.pretrained("bert")
+    assert all(torch.equal(got[name], x) for name, x in want.items() if "pooler" not in name)
 
 
 def test_without_the_library_the_error_says_how_to_get_it(tiny, monkeypatch):

@@ -275,14 +275,6 @@ def test_options_missing_from_a_checkpoint_come_from_its_weights(kind, tmp_path)
     ckpt.load_weights(again, got, path)
 
 
-def test_a_bert_checkpoint_is_refused(tmp_path):
-    path = str(tmp_path / "model_best.pth")
-    states = [{"fc.weight": torch.zeros(2, 2)}, {"bert.x": torch.zeros(2)}, {}, {}]
-    torch.save({"model": states, "opt": ckpt.argparse.Namespace()}, path)
-    with pytest.raises(ValueError, match="CHAN with BERT, which this version cannot run yet"):
-        ckpt.load(path)
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -9,6 +9,7 @@ import torch
 from torch.fx.experimental import _config
 
 import gsmn
+from bert import EncoderTextBert
 from chan import CHAN, CODING, POOLING, InfoNCELoss
 from gsmn import GSMN
 from model import AGG_FUNC, RAW_FEATURE_NORM, SCAN, ContrastiveLoss, score_some
@@ -84,6 +85,19 @@ def test_a_step_of_chan_stays_on_its_device(coding, pooling, kind, all_nonzero):
     assert scores.device.type == "meta" and scores.shape == (6, 6)
     for criterion in (ContrastiveLoss(0.05, True), InfoNCELoss(0.01, 0.05)):
         criterion(scores, torch.zeros(6, device="meta")).backward(retain_graph=True)
+    for p in model.parameters():
+        assert not p.requires_grad or p.grad.device.type == "meta" and p.grad.shape == p.shape
+
+
+def test_a_step_with_bert_stays_on_its_device(all_nonzero):
+    pytest.importorskip("transformers")
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size"), 16) | {"num_attention_heads": 2}
+    sizes |= {"vocab_size": 20, "num_hidden_layers": 2, "max_position_embeddings": 7}
+    with torch.device("meta"):
+        model = SCAN(20, 12, 8, 16, text_encoder=EncoderTextBert(sizes, 16))
+    scores = model.similarity(*model(batch()))
+    assert scores.device.type == "meta" and scores.shape == (6, 6)
+    ContrastiveLoss(0.2, max_violation=True)(scores).backward()
     for p in model.parameters():
         assert not p.requires_grad or p.grad.device.type == "meta" and p.grad.shape == p.shape
 
