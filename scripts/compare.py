@@ -168,7 +168,7 @@ def one_run(system: str, seed: int, data: list[str], opt: argparse.Namespace) ->
     done = folder / "result.json"
     if done.is_file():
         result = json.loads(done.read_text())
-        if result["asked"] == asked:
+        if result.get("asked") == asked:
             print(f"{folder}: done before")
             return result
         ckpt.prepare(opt.out, ("table.*",))  # a comparison with other flags keeps its files
