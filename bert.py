@@ -41,17 +41,16 @@ def library():
 def fetch(what: str, path: str, read: Callable, *files: str):
     """What `read` makes of a folder, or of a name known to the library's hub.
 
-    At least one of the `files`, if any are named, must be there.
+    Of the `files`, if any are named, a folder must hold one, and the hub the last.
     """
     transformers = library()
     try:
-        for left, file in enumerate(files, 1 - len(files)):  # 0 at the last
-            try:
-                transformers.utils.cached_file(path, file)
-                break
-            except OSError:
-                if left == 0:
-                    raise
+        if os.path.isdir(path):
+            there = [file for file in files if os.path.isfile(os.path.join(path, file))]
+            if files and not there:
+                raise FileNotFoundError(f"no {' or '.join(files)} in it")
+        elif files:
+            transformers.utils.cached_file(path, files[-1])
         return read(path)
     except Exception as error:  # a damaged or hostile file can fail anywhere in their readers
         where = "" if os.path.isdir(path) else ", which is no folder, and its files are not here"

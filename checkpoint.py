@@ -70,7 +70,7 @@ def build_model(opt: argparse.Namespace, vocab_size: int) -> nn.Module:
             given["text_encoder"] = EncoderTextBert(opt.bert_config, opt.embed_size, opt.no_txtnorm)
         except InputError:  # the library is not there
             raise
-        except (TypeError, ValueError, KeyError) as error:
+        except Exception as error:  # the library checks with errors of its own
             raise InputError(f"BERT's configuration {opt.bert_config}: {error}") from None
     try:
         return kind(vocab_size, **given)
