@@ -215,7 +215,7 @@ def test_command_line(trained, capsys):
 
 
 def test_bad_arguments_are_named_before_scoring(trained, monkeypatch):
-    monkeypatch.setattr(evaluation, "encode_split", None)
+    monkeypatch.setattr(ckpt, "load_model", None)
     with pytest.raises(ValueError, match="nodir/x.npy: not a file in a folder that exists"):
         evaluation.evalrank("run/model_best.pth.tar", save_path="nodir/x.npy")
     with pytest.raises(ValueError, match="run: not a file in a folder"):

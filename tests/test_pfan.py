@@ -252,7 +252,7 @@ def test_options_missing_from_a_checkpoint_come_from_its_weights(kind, tmp_path)
 
 def splits(tiny, system="pfan", split="train", **more):
     words = ckpt.as_read(
-        deserialize_vocab("vocab/tiny_precomp_vocab.json"), ckpt.argparse.Namespace(model=system)
+        deserialize_vocab("vocab/tiny_precomp_vocab.json"), options.parse(["--model", system])
     )
     opt = options.parse(["--model", system, "--img_dim", "12"])
     for name, value in more.items():
