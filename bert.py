@@ -44,6 +44,10 @@ def fetch(what: str, path: str, read: Callable, *files: str):
     Of the `files`, if any are named, a folder must hold one, and the hub the last.
     """
     transformers = library()
+    if not os.path.isdir(path):
+        if path.startswith(("/", ".", "~")) or path.count("/") > 1:
+            raise InputError(f"BERT {path}: no such folder")
+        print(f"notice: {path}: no such folder, so it is asked for at huggingface.co")
     try:
         if os.path.isdir(path):
             there = [file for file in files if os.path.isfile(os.path.join(path, file))]

@@ -81,11 +81,13 @@ def coco_metrics(
 ) -> dict[str, dict[str, float]]:
     """What eccv_caption says of scores (N, M) of COCO's 5,000 test images, in percent.
 
-    Ids of the images (N,) and of the captions (M,), image by image. Returns {'eccv_map_at_r':
+    Ids of the images (N,), or (M,) as the captions have them, and of the captions (M,), image by
+    image. Returns {'eccv_map_at_r':
     {'i2t', 't2i'}, 'eccv_rprecision', 'eccv_r1', 'cxc_r1', 'cxc_r5', 'cxc_r10'}, and 'pmrp' if
     `extra_path` holds its two files. Raises InputError on ids that are not those, and on NaN.
     """
     judge = package(extra_path)
+    image_ids, caption_ids = as_ids(image_ids, caption_ids)
     check_ids(image_ids, caption_ids, judge)
     if np.shape(scores) != (len(image_ids), len(caption_ids)):
         raise InputError(
@@ -111,6 +113,14 @@ def coco_metrics(
     return {
         name: {way: 100 * float(x) for way, x in both.items()} for name, both in metrics.items()
     }
+
+
+def as_ids(
+    image_ids: Sequence[int | str], caption_ids: Sequence[int | str]
+) -> tuple[list[int], list[int]]:
+    """Ids as numbers, those of images once each, though they be given for each caption."""
+    images, captions = ([int(x) for x in ids] for ids in (image_ids, caption_ids))
+    return list(dict.fromkeys(images)) if len(images) == len(captions) else images, captions
 
 
 def check_ids(image_ids: Sequence[int], caption_ids: Sequence[int], judge) -> None:
@@ -155,11 +165,8 @@ def read_pair_of_ids(folder: str | os.PathLike, split: str) -> tuple[list[int], 
 
     The first has a line an image, or a caption.
     """
-    images = read_ids(os.path.join(folder, f"{split}_ids.txt"))
-    captions = read_ids(os.path.join(folder, f"{split}_capids.txt"))
-    if len(images) == len(captions):
-        images = list(dict.fromkeys(images))
-    return images, captions
+    files = (os.path.join(folder, f"{split}_{name}.txt") for name in ("ids", "capids"))
+    return as_ids(*map(read_ids, files))
 
 
 def write_ids(folder: str | os.PathLike) -> None:
@@ -320,11 +327,11 @@ def evaluate(
             model, dataset, images, captions = encoded
             check_sizes(dataset, ids, path)
             scores = scores + evaluation.split_scores(*encoded) / len(paths)
+    metrics = coco_metrics(scores, *ids, extra_path or folder)
     print("COCO 5K")
-    metrics = {"coco_5k": evaluation.rank_and_print(scores, False, False)}
+    metrics["coco_5k"] = evaluation.rank_and_print(scores, False, False)
     print("COCO 1K")
     metrics["coco_1k"] = evaluation.rank_and_print(scores, True, False)
-    metrics |= coco_metrics(scores, *ids, extra_path or folder)
     for name, title in (("map_at_r", "mAP@R"), ("rprecision", "R-Precision"), ("r1", "R@1")):
         print_both(f"ECCV Caption {title}", [metrics[f"eccv_{name}"]])
     print_both("CxC R@1 / 5 / 10", [metrics[f"cxc_r{k}"] for k in KS])

@@ -290,6 +290,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         for name in names:
             if system not in owners and getattr(opt, name) != parser.get_default(name):
                 parser.error(f"--{name} is for --model {' | '.join(owners)}, not {system}")
+    if opt.obj_drop_rate != parser.get_default("obj_drop_rate") and not opt.drop:
+        parser.error("--obj_drop_rate is for --drop")
+    if opt.bert_path != parser.get_default("bert_path") and opt.text_enc_type != "bert":
+        parser.error("--bert_path is for --text_enc_type bert")
     if opt.text_enc_type == "bert":
         if opt.is_sparse:
             parser.error("--is_sparse: its pairs are of words, BERT's captions are pieces of words")

@@ -7,9 +7,10 @@
 All have the flags of PROTOCOL, and each those of its paper that make it what it is. `--minutes`
 gives each the same wall time, validation included: its second epoch says how many whole epochs fit
 (two at least). The rate falls ten times after 70 % of the epochs. The best epoch on dev is tested.
-Writes table.md (means over the seeds) and table.csv (a row a run) to --out; a run that is done
-stays done, so the same command goes on where it was stopped. Without a test split, dev becomes it,
-and the last tenth of the training images (200 at most) dev.
+Writes table.md (means over the seeds, and the sample's standard deviation) and table.csv (a row a
+run) to --out. Stopped, the same command goes on after the last whole epoch; with other flags, what
+there is moves to earlier_1. Without a test split, dev becomes it, and the last tenth of the
+training images (200 at most) dev.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -31,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 import checkpoint as ckpt
 import evaluation
+import options
 import vocab
 from data import repeats
 from options import COUNT, FROM_0, POSITIVE
@@ -67,7 +70,6 @@ def hold_out(source: Path, folder: Path) -> None:
     n = min(HELD_OUT, rows // 10) // stride * stride
     if not n:
         raise InputError(f"{source}: {rows} training images, too few to cut dev off")
-    folder.mkdir(parents=True, exist_ok=True)
     parts = [("train", "train", slice(0, rows - n)), ("dev", "train", slice(rows - n, rows))]
     for split, old, some in (*parts, ("test", "dev", slice(None))):
         for name in ("ims", "ims_bbx", "boxes"):
@@ -94,8 +96,11 @@ def hold_out(source: Path, folder: Path) -> None:
 def prepare(opt: argparse.Namespace) -> list[str]:
     """Make what is missing of the data: splits, blocks, vocabulary. Returns train.py's flags."""
     folder = Path(evaluation.find_data(opt.data_path, opt.data_name))
+    if opt.split != "test" and not (folder / f"{opt.split}_ims.npy").is_file():
+        raise FileNotFoundError(f"{folder}/{opt.split}_ims.npy: no such file; give another --split")
     if opt.split == "test" and not (folder / "test_ims.npy").is_file():
         cut = Path(opt.out) / "data" / opt.data_name
+        cut.mkdir(parents=True, exist_ok=True)
         print(f"notice: {folder}: no test split: dev is tested on, dev is cut off train, in {cut}")
         files = sorted(folder.glob("*_*.*"))
         source = {str(x.resolve()): [x.stat().st_size, x.stat().st_mtime] for x in files}
@@ -125,18 +130,38 @@ def prepare(opt: argparse.Namespace) -> list[str]:
     return [*data, "--vocab_path", opt.vocab_path, "--img_dim", str(numbers)]
 
 
+def read_log(folder: Path) -> list[dict]:
+    """What train.py logged, a dict an epoch."""
+    path = folder / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
 def train(folder: Path, flags: list[str]) -> list[dict]:
-    """Run train.py into a folder, its output in train.log; the log, a dict an epoch."""
+    """Run train.py into a folder, from its last whole epoch on, and its output into train.log."""
     command = [sys.executable, str(ROOT / "train.py"), *flags]
     command += ["--model_name", str(folder), "--logger_name", str(folder)]
+    done = len(list(folder.glob("checkpoint_*.pth.tar")))
+    if done:
+        command += ["--resume", str(folder / f"checkpoint_{done - 1}.pth.tar")]
     with open(folder / "train.log", "a") as out:
         out.write(shlex.join(command) + "\n")
         out.flush()
-        done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT)
-    if done.returncode:
+        # In a session of its own, so that Ctrl-C reaches this script alone, which passes it on.
+        streams = {"stdout": out, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, **streams, start_new_session=True)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    if code:
         last = (folder / "train.log").read_text().strip().splitlines()[-1]
-        raise InputError(f"{folder}/train.log: training ended with {done.returncode}: {last}")
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        raise InputError(f"{folder}/train.log: training ended with {code}: {last}")
+    return read_log(folder)
 
 
 def fit(folder: Path, flags: list[str], opt: argparse.Namespace) -> list[dict]:
@@ -147,32 +172,32 @@ def fit(folder: Path, flags: list[str], opt: argparse.Namespace) -> list[dict]:
 
     if opt.num_epochs:
         return train(folder, flags + schedule(opt.num_epochs))
-    # The first, of the summed hinge, is slower. No rate falls in these two.
-    log = train(folder, [*flags, "--num_epochs", "2", "--lr_update", "2"])
-    first, second = (epoch["seconds"] for epoch in log)
+    log = read_log(folder)
+    if len(log) < 2:  # no rate falls in these two
+        log = train(folder, [*flags, "--num_epochs", "2", "--lr_update", "2"])
+    # The first, of the summed hinge, is slower.
+    first, second = (epoch["seconds"] for epoch in log[:2])
     epochs = 2 + max(0, int((60 * opt.minutes - first - second) / max(second, 0.1)))
-    if epochs == 2:
-        return log
-    resume = ["--resume", str(folder / "checkpoint_1.pth.tar")]
-    return train(folder, flags + schedule(epochs) + resume)
+    return log if epochs == 2 else train(folder, flags + schedule(epochs))
 
 
-def one_run(system: str, seed: int, data: list[str], opt: argparse.Namespace) -> dict:
+def one_run(
+    system: str, seed: int, flags: list[str], opt: argparse.Namespace
+) -> dict[str, int | float | str]:
     """Train and test one system with one seed; what is known of it, by name."""
     folder = Path(opt.out) / f"{system}_seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    flags = [*PROTOCOL.split(), *SYSTEMS[system][1].split(), *opt.flags]
-    flags = [*data, "--device", opt.device, "--seed", str(seed), *flags]
     asked = {"flags": flags, "minutes": opt.minutes, "num_epochs": opt.num_epochs}
-    asked["split"] = opt.split
-    done = folder / "result.json"
+    known = folder / "asked.json"
+    if not known.is_file() or json.loads(known.read_text()) != asked:
+        if known.is_file():
+            ckpt.prepare(opt.out, ("table.*",))
+        ckpt.prepare(str(folder), ("*.pth.tar", "*.json*", "*.log", "events.out.tfevents.*"))
+        known.write_text(json.dumps(asked))
+    done = folder / f"result_{opt.split}.json"
     if done.is_file():
-        result = json.loads(done.read_text())
-        if result.get("asked") == asked:
-            print(f"{folder}: done before")
-            return result
-        ckpt.prepare(opt.out, ("table.*",))  # a comparison with other flags keeps its files
-    ckpt.prepare(str(folder), ("*.pth.tar", "*.json*", "*.log", "events.out.tfevents.*"))
+        print(f"{folder}: done before")
+        return json.loads(done.read_text())
     print(f"{SYSTEMS[system][0]}, seed {seed}: {shlex.join(flags)}", flush=True)
     log = fit(folder, flags, opt)
     best = str(folder / "model_best.pth.tar")
@@ -188,10 +213,23 @@ def one_run(system: str, seed: int, data: list[str], opt: argparse.Namespace) ->
     result |= {"rsum": metrics["rsum"], "parameters": weights}
     result |= {"train_minutes": sum(epoch["seconds"] for epoch in log) / 60}
     result |= {"test_seconds": seconds, "peak_mib": max(epoch["peak_mib"] or 0 for epoch in log)}
-    result["asked"] = asked
+    result |= {"flags": shlex.join(flags)}
     with replacing(done) as part:
         Path(part).write_text(json.dumps(result))
     return result
+
+
+def last_of_each(flags: list[str]) -> str:
+    """Flags as they take effect: of one that is given twice the last."""
+    kept: dict[str, list[str]] = {}
+    for flag in flags:
+        name, equals, value = flag.partition("=")
+        if flag.startswith("--"):
+            kept.pop(name, None)
+            kept[name] = [value] if equals else []
+        else:
+            kept[list(kept)[-1]].append(flag)
+    return shlex.join(part for name, values in kept.items() for part in (name, *values))
 
 
 def table(results: list[dict], opt: argparse.Namespace) -> str:
@@ -204,10 +242,10 @@ def table(results: list[dict], opt: argparse.Namespace) -> str:
         f"{', '.join(map(str, opt.seeds))}; {device}, {where['threads']} threads, torch "
         f"{where['torch']}.",
         "",
-        f"All: `{shlex.join([*PROTOCOL.split(), *opt.flags])}`",
+        f"All: `{last_of_each([*PROTOCOL.split(), *opt.flags])}`",
         "",
         "| | image to text R@1 / 5 / 10 | text to image R@1 / 5 / 10 | summed recalls | epochs "
-        "(best) | parameters | training | test | memory |",
+        "(best on dev) | parameters | training | test | peak memory of training |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for system in opt.systems:
@@ -236,19 +274,17 @@ def write(results: list[dict], opt: argparse.Namespace) -> None:
     done.systems = [s for s in opt.systems if any(result["system"] == s for result in results)]
     (Path(opt.out) / "table.md").write_text(table(results, done))
     with open(Path(opt.out) / "table.csv", "w", newline="") as file:
-        names = [name for name in results[0] if name != "asked"]
-        writer = csv.DictWriter(file, [*names, "flags"], extrasaction="ignore")
+        writer = csv.DictWriter(file, list(results[0]))
         writer.writeheader()
-        for result in results:
-            writer.writerow(result | {"flags": shlex.join(result["asked"]["flags"])})
+        writer.writerows(results)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         allow_abbrev=False,
-        usage="%(prog)s [-h] --data_path DATA_PATH --data_name DATA_NAME [--minutes M | "
-        "--num_epochs N] [...] [-- flags of train.py for all]",
+        usage="%(prog)s [-h] --data_path DATA_PATH --data_name DATA_NAME (--minutes M | "
+        "--num_epochs N) [...] [-- flags of train.py for all]",
     )
     parser.add_argument("--data_path", required=True, help="folder that holds DATA_NAME/")
     parser.add_argument("--data_name", required=True, help="e.g. f30k_precomp")
@@ -269,13 +305,17 @@ def main(argv: list[str] | None = None) -> None:
     if own:
         parser.error(f"{' '.join(own)}: this script sets that itself")
     opt.out = opt.out or f"runs/compare_{opt.data_name}"
+    opt.seeds, opt.systems = (list(dict.fromkeys(x)) for x in (opt.seeds, opt.systems))
     evaluation.pick_device(opt.device)
-    os.makedirs(opt.out, exist_ok=True)
+    own = {s: [*PROTOCOL.split(), *SYSTEMS[s][1].split(), *opt.flags] for s in opt.systems}
+    for flags in own.values():  # what a system does not take is to be said now, not after hours
+        options.parse(flags)
     data = prepare(opt)
     results = []
     for seed in opt.seeds:
         for system in opt.systems:
-            results.append(one_run(system, seed, data, opt))
+            flags = [*data, "--device", opt.device, "--seed", str(seed), *own[system]]
+            results.append(one_run(system, seed, flags, opt))
             write(results, opt)
     print((Path(opt.out) / "table.md").read_text())
 

@@ -305,17 +305,20 @@ def test_gsmn_reads_captions_and_not_word_ids(tiny_graphs, little):
     [
         (["--model", "gsmn", "--is_sparse"], "--is_sparse: its pairs are of words"),
         (["--wemb_type", "glove", "--wemb_path", "x"], "are for the words of a GRU"),
+        (["--bert_path", "x", "--text_enc_type", "bigru"], "--bert_path is for --text_enc_type"),
+        (["--obj_drop_rate", "0.1"], "--obj_drop_rate is for --drop"),
     ],
 )
 def test_what_does_not_go_with_bert(args, message, capsys):
     with pytest.raises(SystemExit):
-        options.parse([*args, "--text_enc_type", "bert"])
+        options.parse(["--text_enc_type", "bert", *args])
     assert message in capsys.readouterr().err
 
 
 def test_wrong_folders_are_named(tiny, little, capsys):
     for path, message in (
         ("none", "BERT none, which is no folder, and its files are not here: no config.json could"),
+        ("./none", "BERT ./none: no such folder"),
         ("vocab", "BERT vocab: no config.json could be read"),
     ):
         with pytest.raises(InputError, match=re.escape(message)):

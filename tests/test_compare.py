@@ -3,6 +3,10 @@
 import csv
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -47,13 +51,13 @@ def test_two_systems_and_two_seeds(tiny_graphs, capsys, monkeypatch):
 
     monkeypatch.setattr(compare, "train", never)
     compare.main(args)  # all is done
-    result = (tiny_graphs / "out/scan_seed0/result.json").read_text()
+    result = (tiny_graphs / "out/scan_seed0/result_test.json").read_text()
     with pytest.raises(AssertionError, match="trained again"):
         compare.main([*args, "--margin", "0.1"])  # not with these flags
     # What there was is kept.
-    assert (tiny_graphs / "out/scan_seed0/earlier_1/result.json").read_text() == result
+    assert (tiny_graphs / "out/scan_seed0/earlier_1/result_test.json").read_text() == result
     assert (tiny_graphs / "out/earlier_1/table.md").read_text() == text
-    assert (tiny_graphs / "out/gsmn_seed0/result.json").is_file()
+    assert (tiny_graphs / "out/gsmn_seed0/result_test.json").is_file()
 
 
 def test_minutes_choose_the_epochs(tmp_path, monkeypatch):
@@ -62,18 +66,54 @@ def test_minutes_choose_the_epochs(tmp_path, monkeypatch):
 
     def train(folder, flags):
         calls.append(flags)
-        return [{"seconds": s} for s in [10, 4] + [4] * 11][: 2 if len(calls) == 1 else None]
+        log = [{"seconds": s} for s in [10, 4] + [4] * 11][: 2 if len(calls) == 1 else None]
+        lines = "".join(json.dumps(epoch) + "\n" for epoch in log)
+        (tmp_path / "log.jsonl").write_text(lines)
+        return log
 
     monkeypatch.setattr(compare, "train", train)
     opt = compare.argparse.Namespace(num_epochs=None, minutes=1)
     assert len(compare.fit(tmp_path, ["--x"], opt)) == 13
-    first, second = calls
-    assert first == ["--x", "--num_epochs", "2", "--lr_update", "2"]
-    resume = ["--resume", str(tmp_path / "checkpoint_1.pth.tar")]
-    assert second == ["--x", "--num_epochs", "13", "--lr_update", "10", *resume]
+    whole = ["--x", "--num_epochs", "13", "--lr_update", "10"]
+    assert calls == [["--x", "--num_epochs", "2", "--lr_update", "2"], whole]
+    compare.fit(tmp_path, ["--x"], opt)  # stopped after two epochs or more
+    assert calls[2:] == [whole]
+    (tmp_path / "log.jsonl").unlink()
     calls.clear()
     opt.minutes = 0.2
     assert len(compare.fit(tmp_path, [], opt)) == 2 and len(calls) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_it_ends_its_training_and_goes_on_later(tiny, number):
+    args = [*ARGS, "--num_epochs", "400", "--systems", "scan", *TINY.split()]
+    command = [sys.executable, compare.__file__, *args]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for _ in range(600):
+        if len(list(tiny.glob("out/scan_seed0/checkpoint_*"))) > 2:
+            break
+        time.sleep(0.1)
+    running.send_signal(number)  # to it alone
+    assert "interrupted" in running.communicate(timeout=60)[0] and running.returncode == 1
+    log = (tiny / "out/scan_seed0/train.log").read_text()
+    assert "saved epoch" in log.splitlines()[-1]
+    done = len(read_log("out/scan_seed0"))
+    assert 2 < done < 400
+    before = (tiny / "out/scan_seed0/checkpoint_0.pth.tar").stat().st_mtime
+    # Fewer epochs would be another run: let it seem that these were asked for.
+    asked = tiny / "out/scan_seed0/asked.json"
+    known = json.loads(asked.read_text())
+    asked.write_text(json.dumps(known | {"num_epochs": done + 1}))
+    args[args.index("400")] = str(done + 1)
+    compare.main(args)
+    assert [epoch["epoch"] for epoch in read_log("out/scan_seed0")] == list(range(done + 1))
+    assert (tiny / "out/scan_seed0/checkpoint_0.pth.tar").stat().st_mtime == before
+    assert read_table()[0]["epochs"] == str(done + 1)
+
+
+def test_flags_as_they_take_effect():
+    flags = "--batch_size 128 --bi_gru --margin=0.1 --batch_size 64 --x a b --margin 0.2".split()
+    assert compare.last_of_each(flags) == "--bi_gru --batch_size 64 --x a b --margin 0.2"
 
 
 def test_dev_is_cut_off_train_where_there_is_no_test(tiny_graphs, capsys):
@@ -139,7 +179,14 @@ def test_what_is_wrong_is_said(tiny, capsys):
     args = [*ARGS, "--num_epochs", "1", "--systems", "chan", *TINY.split(), "--embed_size", "12"]
     with pytest.raises(InputError, match="train.log: training ended with 1: error: .*12.*8 heads"):
         compare.main(args)
-    assert not (tiny / "out/chan_seed0/result.json").exists()
+    assert not (tiny / "out/chan_seed0/result_test.json").exists()
+    with pytest.raises(FileNotFoundError, match="tset_ims.npy: no such file; give another --split"):
+        compare.main([*ARGS, "--num_epochs", "1", "--systems", "scan", "--split", "tset"])
+    with pytest.raises(SystemExit):  # before scan is trained
+        compare.main(
+            [*ARGS, "--num_epochs", "1", "--systems", "chan", "scan", "--", "--alpha", "1"]
+        )
+    assert "--alpha is for --model chan, not scan" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         compare.main(ARGS)
     assert "--minutes --num_epochs is required" in capsys.readouterr().err
@@ -149,13 +196,13 @@ def test_what_is_wrong_is_said(tiny, capsys):
         assert f"{flag}: this script sets that itself" in capsys.readouterr().err
 
 
-def test_a_result_is_not_read_for_another_split(tiny, monkeypatch):
-    args = [*ARGS, "--num_epochs", "1", "--systems", "scan", "--split"]
+def test_another_split_is_tested_without_training_again(tiny):
+    args = [*ARGS, "--num_epochs", "1", "--systems", "scan", "--seeds", "0", "0", "--split"]
     compare.main([*args, "dev", *TINY.split()])
-    asked = json.loads((tiny / "out/scan_seed0/result.json").read_text())["asked"]
-    assert asked["split"] == "dev"
-    shutil.copy("out/scan_seed0/result.json", "dev.json")
+    (dev,) = read_table()
     compare.main([*args, "test", *TINY.split()])
-    again = json.loads((tiny / "out/scan_seed0/result.json").read_text())
-    assert again["asked"]["split"] == "test"
-    assert (tiny / "out/scan_seed0/earlier_1").is_dir()  # trained again, nothing lost
+    (test,) = read_table()
+    assert dev["rsum"] != test["rsum"] and dev["train_minutes"] == test["train_minutes"]
+    assert not list(tiny.glob("out/scan_seed0/earlier_*"))
+    compare.main([*args, "dev", *TINY.split()])
+    assert read_table() == [dev]

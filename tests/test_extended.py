@@ -62,6 +62,8 @@ def test_a_ranking_by_hand(small, tmp_path, monkeypatch):
     assert [IMAGES[row[0]] for row in ranks] == [30, 20, 10, 10, 10, 10]
     want["cxc_r1"]["t2i"] = 100 * 3 / 6  # 7, 9, 4
     want["eccv_r1"]["t2i"] = want["eccv_rprecision"]["t2i"] = want["eccv_map_at_r"]["t2i"] = 50
+    of_captions = [str(x) for x in np.repeat(IMAGES, 2)]  # as testall_ids.txt has them
+    assert extended.coco_metrics(SCORES, of_captions, [str(x) for x in CAPTIONS]) == got
     assert got.keys() == want.keys()
     for name, both in want.items():
         assert got[name] == pytest.approx(both), name
