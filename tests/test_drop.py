@@ -150,6 +150,15 @@ def test_a_graph_loses_the_words_that_its_caption_loses(tiny_graphs):
     assert shorter > 10
 
 
+def test_the_whole_image_is_never_dropped_nor_left_alone(tiny):
+    opt = options.parse(["--img_dim", "12", "--drop"])
+    words = ckpt.as_read(deserialize_vocab("vocab/tiny_precomp_vocab.json"), opt)
+    data = open_split(str(tiny / "data" / "tiny_precomp"), "train", words, opt)
+    data.drop = Drop(0.9, 0, words, whole=True)
+    left = torch.stack([data[i]["inside"] for i in range(len(data))])
+    assert left[:, -1].all() and left[:, :-1].any(1).all() and not left.all()
+
+
 def test_a_run_goes_on_without_drop_and_again(tiny):
     """The vocabulary keeps its <mask> then."""
     train.main(train_args(num_epochs=1, drop=True))
