@@ -87,8 +87,14 @@ def test_minutes_choose_the_epochs(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_it_ends_its_training_and_goes_on_later(tiny, number):
     args = [*ARGS, "--num_epochs", "400", "--systems", "scan", *TINY.split()]
-    command = [sys.executable, compare.__file__, *args]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    running = subprocess.Popen(
+        [sys.executable, compare.__file__, *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # Where the tests run in the background of a shell, SIGINT is ignored from the start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     for _ in range(600):
         if len(list(tiny.glob("out/scan_seed0/checkpoint_*"))) > 2:
             break
