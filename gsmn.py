@@ -144,10 +144,11 @@ def structure_score(
     h = h.tanh() if neighbours else h  # (M, N, V, H)
     h = (h @ hidden.mT + hidden_bias).tanh()  # (M, N, V, H)
     # The last layer is linear, so the mean over nodes (and over out_dim, published) goes first.
-    if inside is not None:
+    if inside is None:
+        h = h.mean(2)  # (M, N, H)
+    else:
         h = (h * inside[..., None]).sum(2) / inside.sum(2)[..., None]  # (M, N, H)
-        return h @ out.mean(0) + out_bias.mean()  # (M, N)
-    return h.mean(2) @ out.mean(0) + out_bias.mean()  # (M, N)
+    return h @ out.mean(0) + out_bias.mean()  # (M, N)
 
 
 def score_some(
