@@ -78,15 +78,17 @@ def coco_metrics(
     image_ids: Sequence[int],
     caption_ids: Sequence[int],
     extra_path: str | None = None,
+    judge=None,
 ) -> dict[str, dict[str, float]]:
     """What eccv_caption says of scores (N, M) of COCO's 5,000 test images, in percent.
 
     Ids of the images (N,), or (M,) as the captions have them, and of the captions (M,), image by
-    image. Returns {'eccv_map_at_r':
-    {'i2t', 't2i'}, 'eccv_rprecision', 'eccv_r1', 'cxc_r1', 'cxc_r5', 'cxc_r10'}, and 'pmrp' if
-    `extra_path` holds its two files. Raises InputError on ids that are not those, and on NaN.
+    image. Returns {'eccv_map_at_r': {'i2t', 't2i'}, 'eccv_rprecision', 'eccv_r1', 'cxc_r1',
+    'cxc_r5', 'cxc_r10'}, and 'pmrp' if `extra_path` holds its two files. `judge` is what `package`
+    gave for that path, if it was read before. Raises InputError on ids that are not those, and on
+    NaN.
     """
-    judge = package(extra_path)
+    judge = judge or package(extra_path)
     image_ids, caption_ids = as_ids(image_ids, caption_ids)
     check_ids(image_ids, caption_ids, judge)
     if np.shape(scores) != (len(image_ids), len(caption_ids)):
@@ -314,7 +316,8 @@ def evaluate(
         folder = evaluation.find_data(data_path or opt.data_path, opt.data_name, opt.model)
     # What is wrong with the files is to be said before hours of scoring.
     ids = read_pair_of_ids(folder, split)
-    check_ids(*ids, package(extra_path or folder))
+    judge = package(extra_path or folder)
+    check_ids(*ids, judge)
     alike = read_cxc(extra_path or folder, *ids)
     if matrices[0]:
         scores = evaluation.mean_scores(paths)
@@ -327,7 +330,7 @@ def evaluate(
             model, dataset, images, captions = encoded
             check_sizes(dataset, ids, path)
             scores = scores + evaluation.split_scores(*encoded) / len(paths)
-    metrics = coco_metrics(scores, *ids, extra_path or folder)
+    metrics = coco_metrics(scores, *ids, judge=judge)
     print("COCO 5K")
     metrics["coco_5k"] = evaluation.rank_and_print(scores, False, False)
     print("COCO 1K")
