@@ -140,10 +140,13 @@ def fit(opt: argparse.Namespace, device: torch.device) -> None:
     rank, world = distributed.rank(), distributed.world()
 
     resumed = ckpt.load(opt.resume) if opt.resume else None
-    vocab = read_vocab(opt, resumed)
-    opt.vocab_size = len(vocab)
+    if resumed and resumed["opt"].text_enc_type != opt.text_enc_type:
+        kind = resumed["opt"].text_enc_type
+        raise InputError(f"{opt.resume}: give --text_enc_type {kind}, as it was trained with")
     if opt.text_enc_type == "bert":  # kept in the checkpoints, which then need no folder of BERT's
         opt.bert_config = resumed["opt"].bert_config if resumed else read_config(opt.bert_path)
+    vocab = read_vocab(opt, resumed)
+    opt.vocab_size = len(vocab)
     folder = find_data(opt.data_path, opt.data_name, opt.model)
     train_set = open_split(folder, "train", vocab, opt)
     if opt.drop:
@@ -391,14 +394,11 @@ def validate(
 
 def read_vocab(opt: argparse.Namespace, resumed: dict | None) -> Vocabulary | WordPieces:
     """The vocabulary file of the options, or BERT's; a resumed checkpoint must agree with it."""
-    if resumed and resumed["opt"].text_enc_type != opt.text_enc_type:
-        kind = resumed["opt"].text_enc_type
-        raise InputError(f"{opt.resume}: give --text_enc_type {kind}, as it was trained with")
     if opt.text_enc_type == "bert":
         if resumed:
             published = resumed.get("vocab") is None
             return ckpt.find_vocab(resumed, opt.resume, opt.bert_path if published else None)
-        rows = read_config(opt.bert_path)["vocab_size"]
+        rows = opt.bert_config["vocab_size"]
         return WordPieces.read(opt.bert_path).check_rows(rows, opt.bert_path)
     path = ckpt.vocab_file(opt, opt.vocab_path)
     if resumed is None:
