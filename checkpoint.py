@@ -339,7 +339,7 @@ def find_pieces(
 
 def load_model(
     path: str, vocab_path: str | os.PathLike | None = None, device: str | torch.device = "cpu"
-) -> tuple[nn.Module, Vocabulary, argparse.Namespace]:
+) -> tuple[nn.Module, Vocabulary | WordPieces, argparse.Namespace]:
     """A checkpoint's model with its weights, on the device; its vocabulary; its options.
 
     Raises FileNotFoundError or InputError; see load and find_vocab.
