@@ -172,14 +172,17 @@ class EncoderText(nn.Module):
         back = order.argsort().to(captions.device)
         x = self.embed(captions[order.to(captions.device)])  # (C, W, word_dim)
         out, state = self.rnn(pack_padded_sequence(x, lengths, batch_first=True))
-        x, _ = pad_packed_sequence(out, batch_first=True, total_length=captions.size(1))
-        x = x[back].float()  # (C, W, D) or (C, W, 2 D); float32 under autocast too
+        # Padded last: until then there are the words T only.
+        x = out.data.float()  # (T, D) or (T, 2 D); float32 under autocast too
         if self.rnn.bidirectional:
             ahead, behind = x.chunk(2, dim=-1)
-            x = (ahead + behind) / 2  # (C, W, D)
+            x = (ahead + behind) / 2  # (T, D)
+        x = x if self.no_txtnorm else l2norm(x, dim=-1)  # (T, D)
+        out = out._replace(data=x)
+        x, _ = pad_packed_sequence(out, batch_first=True, total_length=captions.size(1))
         state = state[-2:] if self.rnn.bidirectional else state[-1:]
         sentence = state.float().mean(0)[back]  # (C, D)
-        return (x if self.no_txtnorm else l2norm(x, dim=-1)), sentence
+        return x[back], sentence  # (C, W, D), (C, D)
 
 
 class CrossAttention(NamedTuple):
