@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
 
 from pairs import block_size, pair_scores
 
@@ -477,12 +478,32 @@ def without_dropped(regions: Tensor, batch: dict[str, Tensor]) -> dict[str, Tens
     return {"regions": regions.masked_fill(~inside[..., None], 0), "inside": inside}
 
 
+def join(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """One dictionary of tensors, each the rows of all parts."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
 class Encoders(nn.Module):
     """What all models share: `img_enc`, `txt_enc`, and the call that wraps both."""
 
+    grad_checkpointing = 0  # parts of a batch whose activations are not kept; 0: all are
+
     def forward(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Both encodings of a batch of pairs: the call that DistributedDataParallel wraps."""
-        return self.encode_images(batch), self.encode_captions(batch)
+        """Both encodings of a batch of pairs: the call that DistributedDataParallel wraps.
+
+        With `grad_checkpointing` each part of the batch is encoded by itself, and once more when
+        the backward pass comes to it: of a graph only the encodings are kept (Chen et al., Training
+        Deep Nets with Sublinear Memory Cost, arXiv:1604.06174).
+        """
+        encoders = self.encode_images, self.encode_captions
+        if not (self.grad_checkpointing and torch.is_grad_enabled()):
+            return tuple(encode(batch) for encode in encoders)
+        chunks = [x.chunk(self.grad_checkpointing) for x in batch.values()]
+        parts = [dict(zip(batch, part, strict=True)) for part in zip(*chunks, strict=True)]
+        return tuple(
+            join([checkpoint(encode, part, use_reentrant=False) for part in parts])
+            for encode in encoders
+        )
 
     def encode_images(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch['images'] (I, R, F) -> {'regions': (I, R, D)}.

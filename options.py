@@ -151,6 +151,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--amp", action="store_true", help="bfloat16 encoders; scores and loss stay float32"
     )
     training.add_argument(
+        "--grad_checkpointing",
+        default=0,
+        type=FROM_0,
+        metavar="PARTS",
+        help="encode a batch in so many parts and each again in the backward pass, keeping nothing "
+        "between: less memory, a longer step; 8 is a good value; 0: off",
+    )
+    training.add_argument(
         "--compile",
         action="store_true",
         help="torch.compile the attention between its matrix products; for GPUs, no gain on a CPU",

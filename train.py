@@ -158,6 +158,7 @@ def fit(opt: argparse.Namespace, device: torch.device) -> None:
     )
 
     model = ckpt.build_model(opt, len(vocab)).to(device)
+    model.grad_checkpointing = opt.grad_checkpointing
     if opt.compile:
         model.compile_scores()
     optimizer = make_optimizer(model, opt)

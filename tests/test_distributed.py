@@ -59,6 +59,7 @@ def gradients_of_an_epoch(flags: list[str], out: str) -> None:
         dataset.drop = Drop(0.2, 0, vocab) if opt.drop else None
         torch.manual_seed(0)
         model = ckpt.build_model(opt, len(vocab))
+        model.grad_checkpointing = opt.grad_checkpointing
         encoder = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
         optimizer = Keep(model)
         at = {"epoch": 0, "batch": 0, "loss_sum": 0.0, "loss_count": 0, "Eiters": 0}
@@ -108,6 +109,7 @@ def process(rank: int, world: int, port: int, job, flags: list[str], out: str) -
         (2, 33, {"model": "pfan", "vse_mean_warmup_epochs": 0}),
         (2, 33, {"cross_attn": "i2t", "drop": True, "vse_mean_warmup_epochs": 0}),
         (2, 33, {"model": "pfan_whole", "cross_attn": "i2t", "vse_mean_warmup_epochs": 0}),
+        (2, 33, {"model": "pfan_whole", "grad_checkpointing": 3}),
     ],
 )
 def test_loss_and_gradient_are_those_of_one_process(tiny_positions, world, batch_size, options):

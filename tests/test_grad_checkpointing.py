@@ -1,0 +1,114 @@
+"""--grad_checkpointing: the same step for every system, of which less is kept."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import model
+import train
+from chan import CHAN
+from gsmn import GSMN
+from model import SCAN, ContrastiveLoss
+from pfan import PFAN, PFANWhole
+from tests.conftest import read_log, train_args
+from tests.test_drop import make
+
+SYSTEMS = [
+    (SCAN, {"bi_gru": True, "num_layers": 2}),
+    (PFAN, {"cross_attn": "i2t"}),
+    (PFANWhole, {"need_box_whole": True}),
+    (GSMN, {"num_block": 4, "feat_dim": 4, "is_sparse": True}),
+    (CHAN, {"precomp_enc_type": "selfattention"}),
+    (CHAN, {"precomp_enc_type": "transformer", "mask_dropped": True}),
+]
+
+
+def step(net, batch, parts):
+    """Scores and gradients, and the numbers that the graph of the encoders keeps."""
+    net.zero_grad()
+    net.grad_checkpointing = parts
+    kept = []
+
+    def keep(x):
+        kept.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        images, captions = net(batch)
+    scores = net.similarity(images, captions)
+    ContrastiveLoss(0.2, max_violation=True)(scores).backward()
+    grads = {name: p.grad for name, p in net.named_parameters() if p.requires_grad}
+    return scores.detach(), grads, sum(kept)
+
+
+@pytest.mark.parametrize(("kind", "more"), SYSTEMS, ids=lambda x: getattr(x, "__name__", ""))
+def test_parts_change_no_score_and_no_gradient(kind, more):
+    net, batch = make(kind, n=7, **more)
+    scores, grads, kept = step(net, batch, 0)
+    for parts in (1, 3, 7, 50):  # more parts than pairs: one pair each
+        got, got_grads, less = step(net, batch, parts)
+        torch.testing.assert_close(got, scores, rtol=1e-5, atol=1e-6)
+        largest = max(grad.abs().max() for grad in grads.values())
+        for name, grad in grads.items():
+            torch.testing.assert_close(
+                got_grads[name], grad, rtol=1e-4, atol=1e-5 * float(largest), msg=name
+            )
+        assert less < kept / 10
+
+
+def test_each_part_is_encoded_by_itself_and_again_on_the_way_back(monkeypatch):
+    net, batch = make(SCAN, n=7)
+    sizes, encode = [], SCAN.encode_images
+
+    def record(self, part):
+        sizes.append(len(part["images"]))
+        return encode(self, part)
+
+    monkeypatch.setattr(SCAN, "encode_images", record)
+    step(net, batch, 3)
+    assert sizes == [3, 3, 1, 1, 3, 3]
+    sizes.clear()
+    with torch.no_grad():  # nothing is kept anyway
+        net(batch)
+    assert sizes == [7]
+
+
+def test_dropout_is_drawn_again_as_it_was():
+    """The gradient is that of the loss that was printed: the same units are out both times."""
+    net, batch = make(SCAN, n=6)
+    net.txt_enc.embed = torch.nn.Sequential(net.txt_enc.embed, torch.nn.Dropout(0.5))
+    weight = net.img_enc.fc.weight
+    net.grad_checkpointing = 3
+    drawn, dropout = [], torch.nn.Dropout.forward
+
+    def record(self, x):
+        x = dropout(self, x)
+        drawn.append(x.detach() == 0)
+        return x
+
+    torch.nn.Dropout.forward = record
+    try:
+        net.similarity(*net(batch)).square().sum().backward()
+    finally:
+        torch.nn.Dropout.forward = dropout
+    first, again = drawn[:3], drawn[3:]
+    assert len(again) == 3 and weight.grad.abs().max() > 0
+    assert all(torch.equal(x, y) for x, y in zip(first, reversed(again), strict=True))
+    assert not torch.equal(first[0], first[1])
+
+
+@pytest.mark.parametrize("flags", [{}, {"model": "chan", "drop": True}, {"amp": True}])
+def test_training_comes_to_the_same(tiny, flags, monkeypatch):
+    losses, parts_seen = [], []
+
+    def record(*args, **more):
+        parts_seen.append(args)
+        return checkpoint(*args, **more)
+
+    monkeypatch.setattr(model, "checkpoint", record)
+    for name, parts in (("whole", 0), ("parts", 3)):
+        out = {"model_name": name, "logger_name": name}
+        train.main(train_args(learning_rate=1e-4, grad_checkpointing=parts, **out, **flags))
+        losses.append([row["Le"] for row in read_log(name)])
+        assert bool(parts_seen) == bool(parts)
+    assert losses[1] == pytest.approx(losses[0], rel=0.02 if flags.get("amp") else 1e-3)
