@@ -142,14 +142,18 @@ def chan_pair(
 def chan_plain(regions: Tensor, words: Tensor, lengths: Tensor, belta: float) -> Tensor:
     """CHAN's VHA with LSE, all pairs at once (I, C); what the benchmark runs against.
 
-    As in the published program every dot is laid out, padding filled with -1, and the maxima's
-    padding with -inf.
+    As in the published program every dot is laid out, padding filled with -1, and so is the mask
+    that says where: a product of the regions and words that there are. The maxima's padding is
+    -inf.
     """
     s = regions.flatten(0, 1) @ words.flatten(0, 1).mT  # (I R, C W)
     s = s.view(*regions.shape[:2], *words.shape[:2]).permute(0, 2, 1, 3)  # (I, C, R, W)
     inside = torch.arange(words.size(1)) < lengths[:, None]  # (C, W)
     inside = inside.to(regions.device)
-    best = s.masked_fill(~inside[:, None], -1).max(2).values  # (I, C, W)
+    mask = s.new_ones(len(regions) * regions.size(1), 1) @ inside.to(s).view(1, -1)  # (I R, C W)
+    mask = mask.view(*regions.shape[:2], *inside.shape).permute(0, 2, 1, 3)  # (I, C, R, W)
+    s = s.masked_fill(mask == 0, -1)  # (I, C, R, W)
+    best = s.max(2).values  # (I, C, W)
     return (best.masked_fill(~inside, -torch.inf) / belta).logsumexp(2)  # (I, C)
 
 
