@@ -321,6 +321,7 @@ def train_epoch(
             step = at["Eiters"] * distributed.world() + distributed.rank()
             torch.manual_seed((opt.seed * 1_000_003 + step) % 2**63)
         batch = to_device(batch, device)
+        optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=opt.amp):
             images, captions = encoder(batch)
         size = min(opt.batch_size, len(loader.dataset) - opt.batch_size * at["batch"])
@@ -328,6 +329,7 @@ def train_epoch(
         if shared:  # this process's images, everyone's captions
             captions = {name: distributed.gather(x) for name, x in captions.items()}
         scores = model.similarity(images, captions)  # (b, B)
+        del images, captions  # the graph holds what its backward pass reads
         image_index = batch["image_index"] if opt.no_false_negatives else None
         if shared:
             scores = distributed.gather(scores, sum_gradients=False)  # (B, B)
@@ -341,7 +343,6 @@ def train_epoch(
                 f"checkpoints in {opt.model_name} are whole; try a lower --learning_rate, "
                 "--grad_clip, or no --amp"
             )
-        optimizer.zero_grad(set_to_none=True)
         # The processes' gradients are averaged; where each has a part of one, their sum is wanted.
         (loss * distributed.world() if shared else loss).backward()
         if opt.grad_clip > 0:
