@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from pairs import block_size, pair_scores
 
 EPS = 1e-8
+TEXT = ("captions", "lengths", "adjacency")  # what encode_captions reads of a batch
 
 
 def _over_l1(x: Tensor, dim: int, scale: float = 1.0) -> Tensor:
@@ -478,32 +479,41 @@ def without_dropped(regions: Tensor, batch: dict[str, Tensor]) -> dict[str, Tens
     return {"regions": regions.masked_fill(~inside[..., None], 0), "inside": inside}
 
 
-def join(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """One dictionary of tensors, each the rows of all parts."""
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+def encode_in_parts(
+    encode: Callable[[dict[str, Tensor]], dict[str, Tensor]], batch: dict[str, Tensor], parts: int
+) -> dict[str, Tensor]:
+    """encode(batch), part by part; the backward pass encodes each again, and nothing else is kept.
+
+    Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv:1604.06174.
+    """
+    chunks = zip(*(x.chunk(parts) for x in batch.values()), strict=True)
+    encoded = [
+        checkpoint(encode, dict(zip(batch, part, strict=True)), use_reentrant=False)
+        for part in chunks
+    ]
+    return {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]}
 
 
 class Encoders(nn.Module):
     """What all models share: `img_enc`, `txt_enc`, and the call that wraps both."""
 
-    grad_checkpointing = 0  # parts of a batch whose activations are not kept; 0: all are
+    grad_checkpointing = 0  # parts in which a batch's images are encoded; 0: whole, all is kept
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Both encodings of a batch of pairs: the call that DistributedDataParallel wraps.
-
-        With `grad_checkpointing` each part of the batch is encoded by itself, and once more when
-        the backward pass comes to it: of a graph only the encodings are kept (Chen et al., Training
-        Deep Nets with Sublinear Memory Cost, arXiv:1604.06174).
-        """
-        encoders = self.encode_images, self.encode_captions
-        if not (self.grad_checkpointing and torch.is_grad_enabled()):
-            return tuple(encode(batch) for encode in encoders)
-        chunks = [x.chunk(self.grad_checkpointing) for x in batch.values()]
-        parts = [dict(zip(batch, part, strict=True)) for part in zip(*chunks, strict=True)]
-        return tuple(
-            join([checkpoint(encode, part, use_reentrant=False) for part in parts])
-            for encode in encoders
-        )
+        """Both encodings of a batch of pairs: the call that DistributedDataParallel wraps."""
+        parts = self.grad_checkpointing
+        if not (parts and torch.is_grad_enabled()):
+            return self.encode_images(batch), self.encode_captions(batch)
+        text = {name: batch[name] for name in TEXT if name in batch}
+        images = {name: x for name, x in batch.items() if name not in TEXT}
+        # A GRU's steps are dear where few captions share one: captions of like length together, in
+        # half as many parts.
+        order = batch["lengths"].argsort(stable=True)
+        text = {name: x[order.to(x.device)] for name, x in text.items()}
+        images = encode_in_parts(self.encode_images, images, parts)
+        captions = encode_in_parts(self.encode_captions, text, (parts + 1) // 2)
+        back = order.argsort()
+        return images, {name: x[back.to(x.device)] for name, x in captions.items()}
 
     def encode_images(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch['images'] (I, R, F) -> {'regions': (I, R, D)}.

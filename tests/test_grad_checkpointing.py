@@ -58,15 +58,23 @@ def test_parts_change_no_score_and_no_gradient(kind, more):
 
 def test_each_part_is_encoded_by_itself_and_again_on_the_way_back(monkeypatch):
     net, batch = make(SCAN, n=7)
-    sizes, encode = [], SCAN.encode_images
+    encode_images, encode_captions = SCAN.encode_images, SCAN.encode_captions
+    sizes, lengths = [], []
 
-    def record(self, part):
+    def record_images(self, part):
         sizes.append(len(part["images"]))
-        return encode(self, part)
+        return encode_images(self, part)
 
-    monkeypatch.setattr(SCAN, "encode_images", record)
+    def record_captions(self, part):
+        lengths.append(part["lengths"].tolist())
+        return encode_captions(self, part)
+
+    monkeypatch.setattr(SCAN, "encode_images", record_images)
+    monkeypatch.setattr(SCAN, "encode_captions", record_captions)
     step(net, batch, 3)
     assert sizes == [3, 3, 1, 1, 3, 3]
+    short, long, *again = lengths
+    assert short + long == sorted(batch["lengths"].tolist()) and again == [long, short]
     sizes.clear()
     with torch.no_grad():  # nothing is kept anyway
         net(batch)
@@ -91,8 +99,8 @@ def test_dropout_is_drawn_again_as_it_was():
         net.similarity(*net(batch)).square().sum().backward()
     finally:
         torch.nn.Dropout.forward = dropout
-    first, again = drawn[:3], drawn[3:]
-    assert len(again) == 3 and weight.grad.abs().max() > 0
+    first, again = drawn[:2], drawn[2:]
+    assert len(again) == 2 and weight.grad.abs().max() > 0
     assert all(torch.equal(x, y) for x, y in zip(first, reversed(again), strict=True))
     assert not torch.equal(first[0], first[1])
 
