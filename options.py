@@ -155,9 +155,9 @@ def build_parser() -> argparse.ArgumentParser:
         default=0,
         type=FROM_0,
         metavar="PARTS",
-        help="encode a batch's images in so many parts, its captions in half as many, and each "
-        "again in the backward pass, keeping nothing between: less memory, a longer step; 12 for "
-        "batches of 384; 0: off",
+        help="encode a batch's images in at most so many parts, its captions in half as many, and "
+        "each again in the backward pass, so that only what goes in and comes out is kept: less "
+        "memory, a longer step; 12 for batches of 384; 0: off",
     )
     training.add_argument(
         "--compile",

@@ -9,8 +9,8 @@
 Everything compared runs in one process, in turns, so that a busy machine slows all alike; times are
 medians. The usual loop is that of tests/reference.py (what the tests compare the scores with): one
 caption after the other, attended vectors built, every pair kept for the backward pass (CHAN: all
-captions at once). Peak memory is that of a
-process of its own, its Python and torch included.
+captions at once). Our step is timed twice, without and with --grad_checkpointing; the usual one is
+without. Peak memory is that of a process of its own, its Python and torch included.
 """
 
 import argparse

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+import model
 from scripts import benchmark
 
 ROOT = Path(__file__).parent.parent
 KEYS = {"score_speedup", "score_vs_gemm", "step_speedup", "step_vs_floor", "step_memory_ratio"}
+KEYS |= {"step_parts_vs_floor", "step_parts_memory_ratio"}
 
 
 def test_prints_one_json_object():
@@ -37,10 +39,19 @@ def test_gsmn(capsys, monkeypatch):
 
 
 def test_chan(capsys, monkeypatch):
+    parts = []
+
+    def record(encode, part, **more):
+        parts.append(part)
+        return encode(part)
+
+    monkeypatch.setattr(model, "checkpoint", record)
     monkeypatch.setattr(benchmark, "peak_memory", lambda *a: 1.0)
     benchmark.main(["--quick", "--model", "chan"])
     out = capsys.readouterr().out
     assert "| training step, ours / floor | " in out and "| VHA | aim |" in out
+    # Of a batch of 32 at most 3 images a part and 6 captions, in five steps timed and five not.
+    assert len(parts) == (11 + 6) * 10
 
 
 def test_evalrank_and_growth(capsys, monkeypatch, tmp_path):
