@@ -307,14 +307,14 @@ def main(argv: list[str] | None = None) -> None:
     opt.out = opt.out or f"runs/compare_{opt.data_name}"
     opt.seeds, opt.systems = (list(dict.fromkeys(x)) for x in (opt.seeds, opt.systems))
     evaluation.pick_device(opt.device)
-    own = {s: [*PROTOCOL.split(), *SYSTEMS[s][1].split(), *opt.flags] for s in opt.systems}
-    for flags in own.values():  # what a system does not take is to be said now, not after hours
+    flags_of = {s: [*PROTOCOL.split(), *SYSTEMS[s][1].split(), *opt.flags] for s in opt.systems}
+    for flags in flags_of.values():  # what a system does not take is said before hours of training
         options.parse(flags)
     data = prepare(opt)
     results = []
     for seed in opt.seeds:
         for system in opt.systems:
-            flags = [*data, "--device", opt.device, "--seed", str(seed), *own[system]]
+            flags = [*data, "--device", opt.device, "--seed", str(seed), *flags_of[system]]
             results.append(one_run(system, seed, flags, opt))
             write(results, opt)
     print((Path(opt.out) / "table.md").read_text())
