@@ -44,12 +44,13 @@ def fetch(what: str, path: str, read: Callable, *files: str):
     Of the `files`, if any are named, a folder must hold one, and the hub the last.
     """
     transformers = library()
-    if not os.path.isdir(path):
+    folder = os.path.isdir(path)
+    if not folder:
         if path.startswith(("/", ".", "~")) or path.count("/") > 1:
             raise InputError(f"BERT {path}: no such folder")
         print(f"notice: {path}: no such folder, so it is asked for at huggingface.co")
     try:
-        if os.path.isdir(path):
+        if folder:
             there = [file for file in files if os.path.isfile(os.path.join(path, file))]
             if files and not there:
                 raise FileNotFoundError(f"no {' or '.join(files)} in it")
@@ -57,7 +58,7 @@ def fetch(what: str, path: str, read: Callable, *files: str):
             transformers.utils.cached_file(path, files[-1])
         return read(path)
     except Exception as error:  # a damaged or hostile file can fail anywhere in their readers
-        where = "" if os.path.isdir(path) else ", which is no folder, and its files are not here"
+        where = "" if folder else ", which is no folder, and its files are not here"
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
             f"BERT {path}{where}: no {what} could be read ({said[0]}); give --bert_path (to "
