@@ -1,11 +1,13 @@
 """Several processes: the same loss, gradient, metrics and files as one."""
 
+import functools
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -70,18 +72,23 @@ def gradients_of_an_epoch(flags: list[str], out: str) -> None:
             model, encoder, optimizer, loader, None, at, opt, device, train.NoWriter(), stop
         )
         stop.restore()
+        ring = [encoder]  # holds the group, until the garbage collector runs
+        ring.append(ring)
+        del encoder, ring
         torch.save({"steps": optimizer.steps, "at": at}, f"{out}_{rank}.pt")
 
 
-def stopped_in_validation(flags: list[str], out: str) -> None:
-    """A run whose process 1 alone gets a signal, while it validates; writes the exit status."""
+def stopped(flags: list[str], out: str, where: str) -> None:
+    """A run whose process 1 alone gets a signal, and what it exits with, written."""
     if os.environ["RANK"] == "1":
+        job = getattr(train, where)
 
-        def encode_data(*args):
+        def signalled(*args, **more):
             signal.raise_signal(signal.SIGTERM)
-            raise AssertionError("validation went on")
+            assert where != "encode_data", "validation went on"
+            return job(*args, **more)
 
-        train.encode_data = encode_data
+        setattr(train, where, signalled)
     try:
         train.main(flags)
     except SystemExit as stop:
@@ -89,10 +96,18 @@ def stopped_in_validation(flags: list[str], out: str) -> None:
 
 
 def process(rank: int, world: int, port: int, job, flags: list[str], out: str) -> None:
-    """What torchrun sets for its process `rank`, and the job."""
+    """What torchrun sets for its process `rank`, and the job, which must let go of the group."""
     torch.set_num_threads(1)
     os.environ |= {"TORCHELASTIC_RUN_ID": "test", "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    destroy = torch.distributed.destroy_process_group
+
+    def destroy_process_group():
+        group = weakref.ref(torch.distributed.group.WORLD)
+        destroy()
+        assert group() is None, "something holds the process group"
+
+    torch.distributed.destroy_process_group = destroy_process_group
     job(flags, out)
 
 
@@ -133,9 +148,11 @@ def test_loss_and_gradient_are_those_of_one_process(tiny_positions, world, batch
     assert all(g.abs().max() > 0 for name, g in first if not name.endswith("out_2.bias"))
 
 
-def test_all_stop_when_one_is_told_to_while_validating(tiny):
+@pytest.mark.parametrize("where", ["clip_grad_norm_", "encode_data"])
+def test_all_stop_when_one_is_told_to(tiny, where):
     flags = train_args(num_epochs=2)
-    mp.spawn(process, (2, free_port(), stopped_in_validation, flags, "code"), nprocs=2)
+    job = functools.partial(stopped, where=where)
+    mp.spawn(process, (2, free_port(), job, flags, "code"), nprocs=2)
     assert [Path(f"code_{k}").read_text() for k in (0, 1)] == [str(128 + signal.SIGTERM)] * 2
     train.main(train_args(num_epochs=1, resume="run/interrupted.pth.tar"))
     assert len(read_log("run")) == 1

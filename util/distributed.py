@@ -6,12 +6,17 @@ whole batch. Started plainly, each function here does nothing.
 """
 
 import contextlib
+import gc
 import os
 import signal
+import traceback
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+
+# Default arguments in here hold the group that there is when it is read: so read it before one is.
+import torch.distributed.nn  # noqa: F401
 from torch import Tensor
 
 from util.cli import InputError
@@ -27,12 +32,22 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def let_go(error: BaseException | None) -> None:
+    """Drop the local variables of the frames that an exception, and those behind it, keep."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
 @contextlib.contextmanager
 def joined(device: torch.device) -> Iterator[None]:
     """Join the other processes if torchrun started this one, whose device it is.
 
     Gathers go through NCCL on GPUs, one a process, and through gloo on CPUs. Only process 0 prints.
-    A process that ends early makes the others end with an InputError.
+    A process that ends early makes the others end with an InputError. What was made inside must be
+    gone at the end, an exception's frames too: a group that something still holds can abort the
+    process as it exits, or hang it, when gloo's threads wait for Python's lock to let go of the
+    last tensors.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # not torchrun
         yield
@@ -49,22 +64,24 @@ def joined(device: torch.device) -> Iterator[None]:
         try:
             yield
             agreed = True
-        except SystemExit:
-            agreed = True
+        except BaseException as error:
+            agreed = isinstance(error, SystemExit)
+            lost = isinstance(error, RuntimeError) and "gloo" in str(error)
+            lost |= isinstance(error, dist.DistError)
+            if lost:  # torchrun ends the processes that are left; this one says why first.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            let_go(error)
+            if lost:
+                raise InputError(
+                    f"process {rank()} of {world()}: lost another process of the run; why stands "
+                    "near this line, or as an exit code in torchrun's report below; checkpoints "
+                    "already written, if any, are whole: go on from the newest with --resume "
+                    f"({str(error).splitlines()[0]})"
+                ) from error
             raise
-        except RuntimeError as error:
-            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-                raise
-            # torchrun ends the processes that are left; this one says why first.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            raise InputError(
-                f"process {rank()} of {world()}: lost another process of the run; why stands near "
-                "this line, or as an exit code in torchrun's report below; checkpoints already "
-                "written, if any, are whole: go on from the newest with --resume "
-                f"({str(error).splitlines()[0]})"
-            ) from error
         finally:
-            # gloo aborts the process if it is left standing; NCCL would wait for the others.
+            gc.collect()
+            # NCCL would wait for the others.
             if agreed or device.type == "cpu":
                 dist.destroy_process_group()
 
