@@ -48,7 +48,8 @@ def add_rows(total: Tensor, rows: Tensor, x: Tensor) -> None:
     if total.is_cuda:
         total.index_put_((rows,), x, accumulate=True)
     else:
-        total.index_add_(0, rows, x)
+        # Of a product with a transposed tensor, x comes with its columns first: slow to add so.
+        total.index_add_(0, rows, x.contiguous())
 
 
 class SparseScore(torch.autograd.Function):
