@@ -294,25 +294,25 @@ def compile_scores() -> None:
 
 
 def packed_words(
-    captions: Tensor, cap_lens: Tensor, how: CrossAttention, size: int
+    words: Tensor, norms: Tensor | None, cap_lens: Tensor, size: int
 ) -> tuple[list[tuple[Tensor, list]], Tensor]:
     """Chunks of about `size` words without padding, and the order (C,) of their captions.
 
     A chunk is (words (T, D), groups): one after the other, n captions of W words and what attend
-    needs of them, (n, W, their norms (n, W, 1) or dots (n, W, W)).
+    needs of them, (n, W, their norms (n, W, 1) or, without `norms` (C, W), dots (n, W, W)).
     """
     lengths, order = cap_lens.sort(stable=True)
-    at = torch.arange(captions.size(1))
-    rows = (order[:, None] * captions.size(1) + at)[at < lengths[:, None]]
-    words = captions.flatten(0, 1).index_select(0, rows.to(captions.device))  # (all T, D)
-    norms = words.norm(dim=1) if how.words_query else None  # (all T,)
+    at = torch.arange(words.size(1))
+    rows = (order[:, None] * words.size(1) + at)[at < lengths[:, None]].to(words.device)
+    words = words.flatten(0, 1).index_select(0, rows)  # (all T, D)
+    norms = None if norms is None else norms.flatten().index_select(0, rows)  # (all T,)
     number = (lengths.cumsum(0) - 1) // size  # (C,) the chunk of each caption
     runs, counts = torch.stack((number, lengths)).unique_consecutive(dim=1, return_counts=True)
     groups, start = {}, 0
     for chunk, w, n in zip(*runs.tolist(), counts.tolist(), strict=True):
         some = slice(start, start + n * w)
         start += n * w
-        if how.words_query:
+        if norms is not None:
             need = norms[some].view(n, w, 1)
         else:
             part = words[some].view(n, w, -1)  # (n, W, D)
@@ -322,34 +322,25 @@ def packed_words(
     return list(zip(words.split(sizes), groups.values(), strict=True)), order
 
 
-def read_images(
-    images: tuple[Tensor, ...], how: CrossAttention
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Regions (i, R, D); t2i: the dots among them (i, R, R); which there are (i, R), or None."""
-    regions, *more = images
-    gram = more.pop(0) if how.words_query else None
-    return regions, gram, more[0] if more else None
-
-
 def score_all(
     images: tuple[Tensor, ...],
-    captions: tuple[Tensor],
+    captions: tuple[Tensor, ...],
     cap_lens: Tensor,
     how: CrossAttention,
 ) -> Tensor:
     """Scores (I, C) of all images and captions, no graph kept; see xattn_score for the tuples."""
-    regions, gram, inside = read_images(images, how)
+    regions, of_images, *inside = images
     block, regions_of = block_size(regions.device), regions.size(1)
     images_of = max(1, min(len(regions), 64, block // regions_of))
     size = max(1, block // (images_of * regions_of))
-    chunks, order = packed_words(*captions, cap_lens, how, size)
+    words, norms = captions if how.words_query else (*captions, None)
+    chunks, order = packed_words(words, norms, cap_lens, size)
     scores = []
     for start in range(0, len(regions), images_of):
         some = slice(start, start + images_of)
         columns = regions[some].flatten(0, 1).mT  # (D, i R)
-        # What attend needs of the images: (i, R, R) or (i, R).
-        need = gram[some] if how.words_query else regions[some].norm(dim=2)
-        mask = None if inside is None else inside[None, some]  # (1, i, R)
+        need = of_images[some]  # (i, R, R) or (i, R)
+        mask = inside[0][None, some] if inside else None  # (1, i, R)
         parts = []
         for words, groups in chunks:
             s = words @ columns  # (T, i R)
@@ -364,27 +355,30 @@ def score_all(
 
 
 def score_some(
-    images: tuple[Tensor, ...], captions: tuple[Tensor], paired: bool, how: CrossAttention
+    images: tuple[Tensor, ...],
+    captions: tuple[Tensor, ...],
+    paired: bool,
+    how: CrossAttention,
 ) -> Tensor:
     """Scores, with a graph, of captions of one length and some images; see pair_scores."""
-    (regions, gram, inside), (words,) = read_images(images, how), captions
-    lengths = (words if how.words_query else regions).norm(dim=2)  # (n, W) or (i, R)
+    (regions, need, *inside), (words, *norms) = images, captions
+    gram = need if how.words_query else words @ words.mT  # (i, R, R) or (n, W, W)
+    lengths = norms[0] if how.words_query else need  # (n, W) or (i, R)
     if paired:
         s = words @ regions.mT  # (p, W, R)
         # t2i takes the pairs for images that all meet one "caption", i2t for captions that meet one
         # "image": the Gram matrices are then one a pair.
         s = s.transpose(0, 1)[None] if how.words_query else s[:, :, None]
         lengths = lengths.mT[None] if how.words_query else lengths[:, None]
-        if inside is not None:
-            inside = inside[None] if how.words_query else inside[:, None]
+        inside = [x[None] if how.words_query else x[:, None] for x in inside]
     else:
         s = (words.flatten(0, 1) @ regions.flatten(0, 1).mT).view(
             *words.shape[:2], len(regions), -1
         )
         lengths = lengths[..., None] if how.words_query else lengths
-        inside = None if inside is None else inside[None]
+        inside = [x[None] for x in inside]
     # s is (n, W, i, R); paired (1, W, p, R) or (p, W, 1, R).
-    scores = attend(s, gram if how.words_query else words @ words.mT, lengths, how, inside)
+    scores = attend(s, gram, lengths, how, *inside)
     return scores.flatten() if paired else scores  # (p,) or (n, i)
 
 
@@ -400,11 +394,15 @@ def xattn_score(
     `inside` (I, R) says which regions there are, the others being zeros; None: all.
     """
     cap_lens = torch.as_tensor(cap_lens).cpu()
-    # What the score reads of the images: regions, and for t2i the dots among them, once a step.
-    images = (images, images @ images.mT) if how.words_query else (images,)
+    # What the score reads beside the vectors, once a step: the dots among the regions of an image
+    # where these are keys, the norms of queries.
+    if how.words_query:
+        images, captions = (images, images @ images.mT), (captions, captions.norm(dim=2))
+    else:
+        images, captions = (images, images.norm(dim=2)), (captions,)
     images = images if inside is None else (*images, inside)
     every, some = partial(score_all, how=how), partial(score_some, how=how)
-    return pair_scores(every, some, images, (captions,), cap_lens)
+    return pair_scores(every, some, images, captions, cap_lens)
 
 
 def xattn_score_t2i(

@@ -136,8 +136,10 @@ def test_pairs_stay_on_their_device(direction):
     words = torch.empty(9, 4, 16, device="meta", requires_grad=True)
     with torch.device("meta"):
         how = SCAN(20, 12, 8, 16, cross_attn=direction).how
-    images = (regions, regions @ regions.mT) if how.words_query else (regions,)
-    scores = score_some(images, (words,), True, how)
+    images, captions = (regions, regions.norm(dim=2)), (words,)
+    if how.words_query:
+        images, captions = (regions, regions @ regions.mT), (words, words.norm(dim=2))
+    scores = score_some(images, captions, True, how)
     assert scores.device.type == "meta" and scores.shape == (9,)
     scores.sum().backward()
     assert regions.grad.shape == regions.shape and words.grad.shape == words.shape
