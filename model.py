@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 from pairs import block_size, pair_scores
@@ -143,6 +143,33 @@ class EncoderImage(nn.Module):
         return regions if self.no_imgnorm else l2norm(regions, dim=-1)
 
 
+def packed_gru(rnn: nn.GRU, packed: PackedSequence) -> Tensor:
+    """What `rnn` gives of packed captions: (T, D), or (T, 2 D) of both directions.
+
+    On a GPU that is rnn's own call. On a CPU its backward pass fills a gradient of all steps for
+    each step, which takes longer than all else (pytorch issue 149194): here its cells are called
+    one after the other, on pieces that are only put together.
+    """
+    if packed.data.device.type != "cpu":
+        return rnn(packed)[0].data
+    x, sizes = packed.data, packed.batch_sizes.tolist()  # captions that reach each step
+    sides = (False, True) if rnn.bidirectional else (False,)
+    weights = iter(rnn.all_weights)
+    for _ in range(rnn.num_layers):
+        steps, outputs = x.split(sizes), []
+        for backwards in sides:
+            cell, states = next(weights), []
+            h = x.new_zeros(0, rnn.hidden_size)
+            for step in reversed(steps) if backwards else steps:
+                more = len(step) - len(h)  # captions that begin, or less than 0: that end, here
+                h = F.pad(h, (0, 0, 0, more)) if more > 0 else h[: len(step)]  # (n, D)
+                h = torch.gru_cell(step, h, *cell)  # (n, D)
+                states.append(h)
+            outputs.append(torch.cat(states[::-1] if backwards else states))  # (T, D)
+        x = torch.cat(outputs, 1)  # (T, D) or (T, 2 D)
+    return x
+
+
 class EncoderText(nn.Module):
     """Word ids to one vector a word: embedding, GRU, mean of its directions (section 3.4)."""
 
@@ -173,18 +200,22 @@ class EncoderText(nn.Module):
         lengths, order = lengths.cpu().sort(descending=True, stable=True)
         back = order.argsort().to(captions.device)
         x = self.embed(captions[order.to(captions.device)])  # (C, W, word_dim)
-        out, state = self.rnn(pack_padded_sequence(x, lengths, batch_first=True))
+        packed = pack_padded_sequence(x, lengths, batch_first=True)
         # Padded last: until then there are the words T only.
-        x = out.data.float()  # (T, D) or (T, 2 D); float32 under autocast too
+        x = packed_gru(self.rnn, packed).float()  # (T, D) or (T, 2 D); float32 under autocast too
+        # A caption's final states: ahead at its last word, behind at its first.
+        starts = packed.batch_sizes.cumsum(0) - packed.batch_sizes  # (W,) of each step in T
+        last = (starts[lengths - 1] + torch.arange(len(lengths))).to(x.device)
         if self.rnn.bidirectional:
             ahead, behind = x.chunk(2, dim=-1)
             x = (ahead + behind) / 2  # (T, D)
+            sentence = (ahead[last] + behind[: len(last)]) / 2  # (C, D)
+        else:
+            sentence = x[last]  # (C, D)
         x = x if self.no_txtnorm else l2norm(x, dim=-1)  # (T, D)
-        out = out._replace(data=x)
-        x, _ = pad_packed_sequence(out, batch_first=True, total_length=captions.size(1))
-        state = state[-2:] if self.rnn.bidirectional else state[-1:]
-        sentence = state.float().mean(0)[back]  # (C, D)
-        return x[back], sentence  # (C, W, D), (C, D)
+        packed = packed._replace(data=x)
+        x, _ = pad_packed_sequence(packed, batch_first=True, total_length=captions.size(1))
+        return x[back], sentence[back]  # (C, W, D), (C, D)
 
 
 class CrossAttention(NamedTuple):

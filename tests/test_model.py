@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import model
 import pairs
@@ -18,6 +19,7 @@ from model import (
     EncoderText,
     l1norm,
     l2norm,
+    packed_gru,
     xattn_score_i2t,
     xattn_score_t2i,
 )
@@ -368,6 +370,22 @@ def test_text_encoder_ignores_padding_and_batch(bi_gru, layers):
     if bi_gru:
         ahead = (ahead[..., :8] + ahead[..., 8:]) / 2
     torch.testing.assert_close(words[1:2], l2norm(ahead, -1))
+
+
+@pytest.mark.parametrize("bi_gru", [True, False])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_packed_gru_is_the_librarys(bi_gru, layers):
+    rnn = torch.nn.GRU(4, 6, layers, batch_first=True, bidirectional=bi_gru).double()
+    results = []
+    for run in (lambda packed: rnn(packed)[0].data, partial(packed_gru, rnn)):
+        x = torch.linspace(-1, 1, 5 * 7 * 4).sin().double().view(5, 7, 4).requires_grad_()
+        out = run(pack_padded_sequence(x, torch.tensor([7, 5, 5, 2, 1]), batch_first=True))
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        results.append([out, x.grad, *(p.grad for p in rnn.parameters())])
+        rnn.zero_grad()
+    for want, got in zip(*results, strict=True):
+        assert want.abs().max() > 0
+        torch.testing.assert_close(got, want)
 
 
 def test_no_norm_flags():
