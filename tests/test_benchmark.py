@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import model
 from scripts import benchmark
 
 ROOT = Path(__file__).parent.parent
 KEYS = {"score_speedup", "score_vs_gemm", "step_speedup", "step_vs_floor", "step_memory_ratio"}
-KEYS |= {"step_parts_vs_floor", "step_parts_memory_ratio"}
+KEYS |= {"step_parts_vs_floor", "step_parts_memory_ratio", "encoders_speedup"}
 
 
 def test_prints_one_json_object():
@@ -27,6 +28,16 @@ def test_prints_one_json_object():
         assert all(result[way][key] > 0 for key in KEYS)
         assert 100 < result[way]["step_ours_mib"] < 10000
         assert result[way]["score_max_difference"] < 1e-5
+
+
+def test_the_usual_loop_calls_the_gru_as_a_whole(monkeypatch):
+    monkeypatch.setattr(model, "packed_gru", None)
+    work = benchmark.Work(benchmark.QUICK, "t2i", torch.device("cpu"))
+    assert work.step_loop() > 0
+    work.encoders_usual()
+    for ours in (work.step_ours, work.encoders):
+        with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+            ours()
 
 
 def test_gsmn(capsys, monkeypatch):
