@@ -1,8 +1,9 @@
 """SCAN: two encoders, stacked cross attention, and the ranking loss that its successors share.
 
 Lee et al., Stacked Cross Attention for Image-Text Matching, ECCV 2018 (arXiv:1803.08024).
-Letters: I images, C captions, R regions, W words, D joint dimension, P pairs; in attention M
-images, N captions of W words, queries Q and keys K (t2i: words query regions; i2t: regions, words).
+Letters: I images, C captions, R regions, W words, T words in all, D joint dimension, P pairs; in
+attention M images, N captions of W words, queries Q and keys K (t2i: words query regions; i2t:
+regions, words).
 """
 
 import math
@@ -144,13 +145,13 @@ class EncoderImage(nn.Module):
 
 
 def packed_gru(rnn: nn.GRU, packed: PackedSequence) -> Tensor:
-    """What `rnn` gives of packed captions: (T, D), or (T, 2 D) of both directions.
+    """Outputs of `rnn` (with biases, no dropout) for packed captions: (T, D); both ways (T, 2 D).
 
-    On a GPU that is rnn's own call. On a CPU its backward pass makes a gradient of all steps for
-    each step, zeros but there: time in the square of the words (pytorch issue 149194). Here the
-    equations of nn.GRU's documentation run step by step, on pieces that are only put together.
+    On a CPU the library's backward pass makes a gradient of all T words for each step, zeros but
+    there (cf. pytorch issue 149194). So a graph on a CPU is made here, by the equations of nn.GRU's
+    documentation: what the steps read is split once, and its gradients are put together once.
     """
-    if packed.data.device.type != "cpu":
+    if packed.data.device.type != "cpu" or not torch.is_grad_enabled():
         return rnn(packed)[0].data
     x, sizes = packed.data, packed.batch_sizes.tolist()  # captions that reach each step
     sides = (False, True) if rnn.bidirectional else (False,)
@@ -162,8 +163,8 @@ def packed_gru(rnn: nn.GRU, packed: PackedSequence) -> Tensor:
             steps = F.linear(x, of_input, input_bias).split(sizes)  # of (n, 3 D)
             h, states = x.new_zeros(0, rnn.hidden_size), []
             for step in reversed(steps) if backwards else steps:
-                more = len(step) - len(h)  # captions that begin here, or less than 0: that end
-                h = F.pad(h, (0, 0, 0, more)) if more > 0 else h[: len(step)]  # (n, D)
+                begin = len(step) - len(h)  # captions that do so here; below 0: that ended
+                h = F.pad(h, (0, 0, 0, begin)) if begin > 0 else h[: len(step)]  # (n, D)
                 reset, update, new = F.linear(h, of_state, state_bias).chunk(3, 1)  # (n, D)
                 x_reset, x_update, x_new = step.chunk(3, 1)  # (n, D)
                 new = (x_new + (x_reset + reset).sigmoid() * new).tanh()  # (n, D)
@@ -205,11 +206,12 @@ class EncoderText(nn.Module):
         back = order.argsort().to(captions.device)
         x = self.embed(captions[order.to(captions.device)])  # (C, W, word_dim)
         packed = pack_padded_sequence(x, lengths, batch_first=True)
+        # Rows of each caption's last word; sent first, for the device would have to finish the GRU.
+        starts = packed.batch_sizes.cumsum(0) - packed.batch_sizes  # (W,) of each step in T
+        last = (starts[lengths - 1] + torch.arange(len(lengths))).to(x.device)  # (C,)
         # Padded last: until then there are the words T only.
         x = packed_gru(self.rnn, packed).float()  # (T, D) or (T, 2 D); float32 under autocast too
         # A caption's final states: ahead at its last word, behind at its first.
-        starts = packed.batch_sizes.cumsum(0) - packed.batch_sizes  # (W,) of each step in T
-        last = (starts[lengths - 1] + torch.arange(len(lengths))).to(x.device)
         if self.rnn.bidirectional:
             ahead, behind = x.chunk(2, dim=-1)
             x = (ahead + behind) / 2  # (T, D)
@@ -368,8 +370,8 @@ def score_all(
     block, regions_of = block_size(regions.device), regions.size(1)
     images_of = max(1, min(len(regions), 64, block // regions_of))
     size = max(1, block // (images_of * regions_of))
-    words, norms = captions if how.words_query else (*captions, None)
-    chunks, order = packed_words(words, norms, cap_lens, size)
+    vectors, norms = captions if how.words_query else (*captions, None)
+    chunks, order = packed_words(vectors, norms, cap_lens, size)
     scores = []
     for start in range(0, len(regions), images_of):
         some = slice(start, start + images_of)
@@ -429,12 +431,13 @@ def xattn_score(
     `inside` (I, R) says which regions there are, the others being zeros; None: all.
     """
     cap_lens = torch.as_tensor(cap_lens).cpu()
-    # What the score reads beside the vectors, once a step: the dots among the regions of an image
-    # where these are keys, the norms of queries.
+    # What the score reads beside the vectors, once a step: of keys that are regions the dots among
+    # them (those among words are made where they are read), of queries their norms.
     if how.words_query:
-        images, captions = (images, images @ images.mT), (captions, captions.norm(dim=2))
+        images = images, images @ images.mT  # (I, R, D), (I, R, R)
+        captions = captions, captions.norm(dim=2)  # (C, W, D), (C, W)
     else:
-        images, captions = (images, images.norm(dim=2)), (captions,)
+        images, captions = (images, images.norm(dim=2)), (captions,)  # (I, R, D), (I, R); (C, W, D)
     images = images if inside is None else (*images, inside)
     every, some = partial(score_all, how=how), partial(score_some, how=how)
     return pair_scores(every, some, images, captions, cap_lens)

@@ -218,7 +218,6 @@ def write_split(folder: Path, n: int, img_dim: int) -> Vocabulary:
     return vocab
 
 
-@USUAL_GRU
 @torch.no_grad()
 def published_evalrank(path: str, data_path: str, batch_size: int, device: torch.device) -> dict:
     """The published procedure: images encoded once a caption, blocks of 128, caption by caption."""

@@ -1,13 +1,13 @@
 """Several processes: the same loss, gradient, metrics and files as one."""
 
 import functools
+import gc
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-import weakref
 from pathlib import Path
 
 import numpy as np
@@ -72,10 +72,10 @@ def gradients_of_an_epoch(flags: list[str], out: str) -> None:
             model, encoder, optimizer, loader, None, at, opt, device, train.NoWriter(), stop
         )
         stop.restore()
-        ring = [encoder]  # holds the group, until the garbage collector runs
+        torch.save({"steps": optimizer.steps, "at": at}, f"{out}_{rank}.pt")
+        ring = [encoder]  # holds the group, until the garbage collector is called
         ring.append(ring)
         del encoder, ring
-        torch.save({"steps": optimizer.steps, "at": at}, f"{out}_{rank}.pt")
 
 
 def stopped(flags: list[str], out: str, where: str) -> None:
@@ -98,14 +98,15 @@ def stopped(flags: list[str], out: str, where: str) -> None:
 def process(rank: int, world: int, port: int, job, flags: list[str], out: str) -> None:
     """What torchrun sets for its process `rank`, and the job, which must let go of the group."""
     torch.set_num_threads(1)
+    gc.disable()  # what is left in cycles stays until it is called for
     os.environ |= {"TORCHELASTIC_RUN_ID": "test", "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     destroy = torch.distributed.destroy_process_group
 
     def destroy_process_group():
-        group = weakref.ref(torch.distributed.group.WORLD)
         destroy()
-        assert group() is None, "something holds the process group"
+        threads = [x.read_text() for x in Path("/proc/self/task").glob("*/comm")]  # on Linux
+        assert not any("gloo" in name for name in threads), "something holds the process group"
 
     torch.distributed.destroy_process_group = destroy_process_group
     job(flags, out)
@@ -235,7 +236,7 @@ def test_a_process_that_dies_ends_the_run(tiny):
     os.kill(max(ranks), signal.SIGKILL)
     out = running.communicate(timeout=60)[0]
     assert running.returncode != 0
-    assert "lost another process of the run" in out
+    assert "lost another process of the run" in out and "SIGABRT" not in out
     assert not list(Path("run").glob("*.part")) and not Path("run/interrupted.pth.tar").exists()
     for path in Path("run").glob("*.pth.tar"):
         ckpt.load(str(path))

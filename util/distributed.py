@@ -15,7 +15,8 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-# Default arguments in here hold the group that there is when it is read: so read it before one is.
+# DistributedDataParallel imports this module, whose functions' default arguments hold for good the
+# group that there is at the time: so import it before there is one.
 import torch.distributed.nn  # noqa: F401
 from torch import Tensor
 
@@ -32,11 +33,13 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def let_go(error: BaseException | None) -> None:
-    """Drop the local variables of the frames that an exception, and those behind it, keep."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+def let_go(error: BaseException) -> None:
+    """Drop the local variables of the frames that an exception, and all behind it, keep."""
+    errors = [error]
+    for one in errors:
+        traceback.clear_frames(one.__traceback__)
+        behind = (one.__cause__, one.__context__)
+        errors += [x for x in behind if x is not None and x not in errors]
 
 
 @contextlib.contextmanager
@@ -81,7 +84,7 @@ def joined(device: torch.device) -> Iterator[None]:
             raise
         finally:
             gc.collect()
-            # NCCL would wait for the others.
+            # Left standing, gloo can abort the process; NCCL would wait for processes in trouble.
             if agreed or device.type == "cpu":
                 dist.destroy_process_group()
 
