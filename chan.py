@@ -18,7 +18,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model import EPS, Encoders, EncoderText, choose, l2norm, without_dropped
+from model import (
+    EPS,
+    Encoders,
+    EncoderText,
+    choose,
+    l2norm,
+    restore_faint,
+    without_dropped,
+)
 from pairs import blocks, pair_scores
 
 HEADS = 8
@@ -33,29 +41,40 @@ class Coding(NamedTuple):
     belta: float = 0.1
 
 
-def visual_hard(s: Tensor, words: Tensor, alpha: float) -> Tensor:
+def visual_hard(s: Tensor, words: Tensor, regions: Tensor, alpha: float) -> Tensor:
     """Of each word the region that fits best: (n, i, W)."""
     return s.max(-1).values.movedim(1, -1)  # (n, i, W)
 
 
-def textual_hard(s: Tensor, words: Tensor, alpha: float) -> Tensor:
+def textual_hard(s: Tensor, words: Tensor, regions: Tensor, alpha: float) -> Tensor:
     """Of each region the word that fits best: (n, i, R)."""
     return s.max(1).values  # (n, i, R)
 
 
-def visual_soft(s: Tensor, words: Tensor, alpha: float) -> Tensor:
+def visual_soft(s: Tensor, words: Tensor, regions: Tensor, alpha: float) -> Tensor:
     """Each region v with c = sum_w a_w word_w, a = softmax_w(s / alpha): v.c / (|c| + 1e-8).
 
-    c is never built: v.c = sum_w a_w s_w, and |c|^2 = a' G a, G the dots among the words.
+    c is not built: v.c = sum_w a_w s_w, and |c|^2 = a' G a, G the dots among the words.
     """
+
+    def over_length(dot: Tensor, square: Tensor, region_length: Tensor | None) -> Tensor:
+        return dot / (square.clamp_min(EPS**2).sqrt() + EPS)
+
     a = (s / alpha).softmax(1)  # (n, W, i, R)
     gram = words @ words.mT  # (n, W, W)
     square = ((gram @ a.flatten(2)).view(s.shape) * a).sum(1)  # (n, i, R)
-    return (s * a).sum(1) / (square.clamp_min(EPS**2).sqrt() + EPS)  # (n, i, R)
+    x = over_length((s * a).sum(1), square, None)  # (n, i, R)
+
+    def gather(n: Tensor, *at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        image, r = (n, *at)[-2:]  # of pairs, their row is both
+        return a.movedim(1, -1)[n, *at], regions[image, r], words[n]
+
+    bound = gram.diagonal(dim1=1, dim2=2).amax(1).view(-1, *[1] * (x.dim() - 1))  # (n, 1, 1)
+    return restore_faint(x, square, bound, gather, over_length)  # (n, i, R)
 
 
 # Dots s (n, W, i, R), or (p, W, R) of pairs, to what is pooled, (n, i, K) or (p, K).
-CODING: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+CODING: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
     "VHACoding": visual_hard,
     "THACoding": textual_hard,
     "VSACoding": visual_soft,
@@ -77,17 +96,21 @@ def present(x: Tensor) -> Tensor:
     return x.masked_fill(x.isneginf(), 0)  # like x
 
 
-def code_and_pool(s: Tensor, words: Tensor, inside: Tensor | None, how: Coding) -> Tensor:
-    """Scores (n, i) of dots s (n, W, i, R) and words (n, W, D), or (p,) of dots (p, W, R).
+def code_and_pool(
+    s: Tensor, words: Tensor, regions: Tensor, inside: Tensor | None, how: Coding
+) -> Tensor:
+    """Scores (n, i) of dots s (n, W, i, R), or (p,) of dots (p, W, R).
 
-    `inside` (i, R) or (p, R) says which regions there are; None: all.
+    words (n, W, D) and regions (i, R, D) are what they are the dots of. `inside` (i, R) or (p, R)
+    says which regions there are; None: all.
     """
     coding = choose(CODING, how.coding_type, "coding_type")
     pooling = choose(POOLING, how.pooling_type, "pooling_type")
     if inside is not None and how.coding_type == "VHACoding":  # regions are chosen from
         mask = inside[:, None] if s.dim() == 3 else inside  # (p, 1, R) or (i, R)
-        return pooling(coding(s.masked_fill(~mask, -torch.inf), words, how.alpha), how.belta)
-    x = coding(s, words, how.alpha)  # (n, i, K)
+        x = coding(s.masked_fill(~mask, -torch.inf), words, regions, how.alpha)  # (n, i, K)
+        return pooling(x, how.belta)  # (n, i)
+    x = coding(s, words, regions, how.alpha)  # (n, i, K)
     if inside is not None:  # regions are pooled
         x = x.masked_fill(~inside, -torch.inf)  # (n, i, K)
     return pooling(x, how.belta)  # (n, i)
@@ -106,7 +129,7 @@ def score_some(
     else:
         s = words.flatten(0, 1) @ regions.flatten(0, 1).mT  # (n W, i R)
         s = s.view(*words.shape[:2], len(regions), -1)  # (n, W, i, R)
-    return code_and_pool(s, words, inside[0] if inside else None, how)  # (n, i) or (p,)
+    return code_and_pool(s, words, regions, inside[0] if inside else None, how)  # (n, i) or (p,)
 
 
 def score_all(

@@ -34,6 +34,7 @@ from model import (
     WeightNormLinear,
     attention,
     cosine,
+    restore_faint,
 )
 from pairs import blocks, pair_scores
 
@@ -75,41 +76,78 @@ def block_norms(x: Tensor, num_block: int) -> Tensor:
 
 
 def word_nodes(
-    s: Tensor, dots: Tensor, keys: Tensor, gram: bool, norms: Tensor, scale: float
+    s: Tensor,
+    dots: Tensor,
+    keys: Tensor,
+    gram: bool,
+    norms: tuple[Tensor, Tensor],
+    vectors: tuple[Tensor, Tensor],
+    scale: float,
+    inside: Tensor | None = None,
 ) -> Tensor:
     """Vectors (M, N, W, B) of the textual nodes: each word attends to the regions.
 
     s (B, N, W, M, R) holds the dots block by block, `dots` (N, W, M, R) their sum; keys (M, R, B F)
-    are the images' block_keys, Gram matrices or not; norms, the words', broadcast to the result.
+    are the images' block_keys, Gram matrices or not. norms are the words', which broadcast to the
+    result, and the regions' (M, R, B). vectors are the words (N, W, B, D / B) and regions (M, R, B,
+    D / B) block by block; for these and `inside` (1, M, R) see attend of model.py.
     """
-    a, floor = attention(dots, CrossAttention(True, lambda_softmax=scale))  # (N, W, M, R)
+    a = attention(dots, CrossAttention(True, lambda_softmax=scale), inside)  # (N, W, M, R)
+    words, regions = vectors
+    rows = a.flatten(0, 1).transpose(0, 1).contiguous()  # (M, N W, R)
+    c = (rows @ keys).unflatten(2, (norms[1].size(2), -1))  # (M, N W, B, F)
+    if not gram:
+        c = c.unflatten(1, a.shape[:2])  # (M, N, W, B, F)
+        queries = words[None] if len(words) == len(a) else words[:, None]
+        return cosine((c * queries).sum(4), c.square().sum(4), norms[0])  # (M, N, W, B)
     # (N W M, B, R) times (N W M, R, 1): the products are not written down before they are summed.
     dot = s.flatten(1, 3).transpose(0, 1).bmm(a.reshape(-1, a.size(3), 1))  # (N W M, B, 1)
     dot = dot.view(*a.shape[:3], -1).permute(2, 0, 1, 3)  # (M, N, W, B)
-    rows = a.flatten(0, 1).transpose(0, 1).contiguous()  # (M, N W, R)
-    c = (rows @ keys).unflatten(2, (len(s), -1))  # (M, N W, B, F)
-    if gram:
-        square = c.flatten(0, 1).bmm(rows.view(-1, rows.size(2), 1))  # (M N W, B, 1)
-    else:
-        square = c.square().sum(3)  # (M, N W, B)
-    return cosine(dot, square.view(dot.shape), norms, floor)  # (M, N, W, B)
+    square = c.flatten(0, 1).bmm(rows.view(-1, rows.size(2), 1)).view(dot.shape)  # (M, N, W, B)
+
+    def gather(m: Tensor, n: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        caption = n if len(words) == len(a) else m
+        image = m if len(regions) == a.size(2) else n
+        return a[n, w, m], words[caption, w, b], regions[image, :, b]
+
+    bound = norms[1].amax(1).square()[:, None, None]  # (M, 1, 1, B)
+    return restore_faint(cosine(dot, square, norms[0]), square, bound, gather)
 
 
 def region_nodes(
-    s: Tensor, dots: Tensor, keys: Tensor, gram: bool, norms: Tensor, scale: float
+    s: Tensor,
+    dots: Tensor,
+    keys: Tensor,
+    gram: bool,
+    norms: tuple[Tensor, Tensor],
+    vectors: tuple[Tensor, Tensor],
+    scale: float,
 ) -> Tensor:
     """Vectors (N, B, M, R) of the visual nodes: each region attends to the words.
 
-    As word_nodes, but keys (N, W, B F) are the captions' and norms the regions'. Overwrites s where
-    no graph is kept.
+    As word_nodes, but keys (N, W, B F) are the captions', and norms the regions', which broadcast
+    to the result, and the words' (N, W, B). Overwrites s where no graph is kept.
     """
-    mul = Tensor.mul if s.requires_grad else Tensor.mul_
-    a, floor = attention(dots, CrossAttention(False, lambda_softmax=scale))  # (N, W, M, R)
-    dot = mul(s, a).sum(2).transpose(0, 1)  # (N, B, M, R)
+    mul = Tensor.mul if dots.requires_grad else Tensor.mul_
+    a = attention(dots, CrossAttention(False, lambda_softmax=scale))  # (N, W, M, R)
+    words, regions = vectors
     c = keys.mT @ a.flatten(2)  # (N, B F, M R)
-    c = c.view(len(a), len(s), -1, *a.shape[2:])  # (N, B, F, M, R)
-    square = (mul(c, a[:, None]) if gram else c.square()).sum(2)  # (N, B, M, R)
-    return cosine(dot, square, norms, floor)  # (N, B, M, R)
+    c = c.view(len(a), norms[1].size(2), -1, *a.shape[2:])  # (N, B, F, M, R)
+    if not gram:
+        queries = regions.movedim(1, 3)  # (M, B, F, R)
+        one = len(regions) == a.size(2)
+        queries = queries.movedim(0, 2)[None] if one else queries[:, :, :, None]
+        return cosine((c * queries).sum(2), c.square().sum(2), norms[0])  # (N, B, M, R)
+    dot = mul(s, a).sum(2).transpose(0, 1)  # (N, B, M, R)
+    square = mul(c, a[:, None]).sum(2)  # (N, B, M, R)
+
+    def gather(n: Tensor, b: Tensor, m: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        caption = n if len(words) == len(a) else m
+        image = m if len(regions) == a.size(2) else n
+        return a.transpose(1, 3)[n, r, m], regions[image, r, b], words[caption, :, b]
+
+    bound = norms[1].amax(1).square()[:, :, None, None]  # (N, B, 1, 1)
+    return restore_faint(cosine(dot, square, norms[0]), square, bound, gather)
 
 
 def structure_score(
@@ -161,9 +199,8 @@ def score_some(
     """Scores of captions of one length and some images; see pair_scores.
 
     Of images: regions (i, R, D), their block_keys, block_norms, and edges (i, ...), and if some
-    regions are missing, which there are (i, R): the others are zeros, so that attention to them
-    adds nothing. Of captions: words (n, W, D) and, if the graph has any, edges (n, W) or (n, W, all
-    W).
+    regions are missing, which there are (i, R): the others are zeros. Of captions: words (n, W, D)
+    and, if the graph has any, edges (n, W) or (n, W, all W).
     """
     regions, keys, norms, visual_edges, *inside = images
     words, *textual_edges = captions
@@ -177,21 +214,23 @@ def score_some(
         # then keys are one a pair. In the graphs N = 1 and M = p.
         by_word, word_dots = s.transpose(1, 2)[:, None], dots.transpose(0, 1)[None]
         by_region, region_dots = s[:, :, :, None], dots[:, :, None]
-        word_norms = word_norms[:, None]  # (p, 1, W, B)
-        norms = norms.mT[:, :, None]  # (p, B, 1, R)
+        of_words = word_norms[:, None]  # (p, 1, W, B)
+        of_regions = norms.mT[:, :, None]  # (p, B, 1, R)
         textual_edges = [x[:, None] for x in textual_edges]  # (p, 1, W, ...)
     else:
         s = words_b.flatten(0, 1).transpose(0, 1) @ regions_b.flatten(0, 1).permute(1, 2, 0)
         by_word = by_region = s.view(b, *words.shape[:2], *regions.shape[:2])  # (B, n, W, i, R)
         word_dots = region_dots = by_word.sum(0)  # (n, W, i, R)
-        norms = norms.permute(2, 0, 1)  # (B, i, R)
+        of_words, of_regions = word_norms, norms.permute(2, 0, 1)  # (n, W, B), (B, i, R)
         textual_edges = [x[None] for x in textual_edges]  # (1, n, W, ...)
-    scale = how.lambda_softmax
+    more = (words_b, regions_b), how.lambda_softmax
     gram = keys.size(2) < depth
-    x = word_nodes(by_word, word_dots, keys, gram, word_norms, scale)  # (M, N, W, B)
+    there = inside[0][None] if inside else None  # (1, i, R) or (1, p, R)
+    x = word_nodes(by_word, word_dots, keys, gram, (of_words, norms), *more, there)  # (M, N, W, B)
     keys = block_keys(words, b)  # (n, W, B F)
     gram = keys.size(2) < depth
-    y = region_nodes(by_region, region_dots, keys, gram, norms, scale)  # (N, B, M, R)
+    norms = of_regions, word_norms
+    y = region_nodes(by_region, region_dots, keys, gram, norms, *more)  # (N, B, M, R)
     y = y.permute(0, 2, 3, 1) if paired else y.permute(2, 0, 3, 1)  # (M, N, R, B)
 
     edges = None
@@ -334,8 +373,11 @@ def textual_edges(
     a word depends on itself.
     """
     inside = (torch.arange(words.size(1)) < lengths[:, None]).to(words.device)  # (C, W)
-    e = scale * (words @ words.mT)  # (C, W, W)
-    e = e.masked_fill(~inside[:, None], -math.inf).softmax(2)  # (C, W, W)
+    joined = inside[:, None] if adjacency is None else adjacency > 0  # (C, 1 or W, W)
+    # S is taken over the neighbourhood: over all words, one that is strong but no neighbour would
+    # leave nothing of the others. After the division by the norm it is the same.
+    joined = joined | ~inside[:, :, None]  # (C, W, W), rows of padding hold all: no NaN
+    e = (scale * (words @ words.mT)).masked_fill(~joined, -math.inf).softmax(2)  # (C, W, W)
     e = e * inside[:, :, None]  # (C, W, W)
     if adjacency is None:
         return e

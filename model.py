@@ -6,7 +6,6 @@ attention M images, N captions of W words, queries Q and keys K (t2i: words quer
 regions, words).
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from pairs import block_size, pair_scores
 
 EPS = 1e-8
+FAINT = 2**-7  # an attended vector is faint below this part of the largest squared length of a key
 TEXT = ("captions", "lengths", "adjacency")  # what encode_captions reads of a batch
 
 
@@ -54,7 +54,6 @@ class FeatureNorm(NamedTuple):
 
     before: Callable[[Tensor, int], Tensor]  # (s, dim of the queries) -> a new tensor like s
     over: Callable[[Tensor, int, float], Tensor] | None  # its factor; none: lambda_softmax alone
-    bounded: bool  # no dots take the result beyond [-1, 1]
 
 
 def _clip(s: Tensor, dim: int) -> Tensor:
@@ -66,13 +65,13 @@ def _copy(s: Tensor, dim: int) -> Tensor:
 
 
 RAW_FEATURE_NORM = {
-    "softmax": FeatureNorm(torch.softmax, None, True),
-    "l2norm": FeatureNorm(_copy, _over_l2, True),
-    "l1norm": FeatureNorm(_copy, _over_l1, True),
-    "clipped": FeatureNorm(_clip, None, False),
-    "clipped_l2norm": FeatureNorm(_clip, _over_l2, True),
-    "clipped_l1norm": FeatureNorm(_clip, _over_l1, True),
-    "no_norm": FeatureNorm(_copy, None, False),
+    "softmax": FeatureNorm(torch.softmax, None),
+    "l2norm": FeatureNorm(_copy, _over_l2),
+    "l1norm": FeatureNorm(_copy, _over_l1),
+    "clipped": FeatureNorm(_clip, None),
+    "clipped_l2norm": FeatureNorm(_clip, _over_l2),
+    "clipped_l1norm": FeatureNorm(_clip, _over_l1),
+    "no_norm": FeatureNorm(_copy, None),
 }
 
 
@@ -235,16 +234,15 @@ class CrossAttention(NamedTuple):
     focus: float = 0.0  # PFAN: what the aggregate of each query's largest weight counts
 
 
-def attention(s: Tensor, how: CrossAttention, inside: Tensor | None = None) -> tuple[Tensor, float]:
-    """Attention of each query to the keys from dots s (N, W, M, R), times the same for all keys.
+def attention(s: Tensor, how: CrossAttention, inside: Tensor | None = None) -> Tensor:
+    """Attention of each query to the keys, which sums to 1, from dots s (N, W, M, R): like s.
 
-    The softmax's denominator cancels in a cosine, so it is left out; the second result is 1e-8 in
-    its unit. Leaves s as it is. See attend for `inside`.
+    Leaves s as it is. See attend for `inside`.
     """
     query, key = (1, 3) if how.words_query else (3, 1)  # their dimensions in s
     norm = choose(RAW_FEATURE_NORM, how.raw_feature_norm, "raw_feature_norm")
-    # Without a graph each pass writes over its input: a second buffer would leave the cache.
-    exp, mul = (Tensor.exp, Tensor.mul) if s.requires_grad else (Tensor.exp_, Tensor.mul_)
+    # Without a graph a pass writes over its input: a second buffer would leave the cache.
+    mul = Tensor.mul if s.requires_grad else Tensor.mul_
     if inside is not None and not how.words_query and how.raw_feature_norm == "softmax":
         s = s.masked_fill(~inside[:, None], -torch.inf)  # the other norms add up zeros
     a = norm.before(s, query)  # like s
@@ -252,25 +250,48 @@ def attention(s: Tensor, how: CrossAttention, inside: Tensor | None = None) -> t
     a = mul(a, norm.over(a, query, scale) if norm.over else scale)
     if inside is not None and how.words_query:
         a = a.masked_fill(~inside[:, None], -torch.inf)  # like s
-    floor = EPS
-    if norm.bounded and scale <= 20:
-        floor *= math.exp(-scale)  # the least that the denominator can be
-    else:  # exp would overflow
-        a = a - a.detach().amax(key, keepdim=True)
-    return exp(a), floor
+    return a.softmax(key)
 
 
-def cosine(dot: Tensor, square: Tensor, query_length: Tensor, floor: float) -> Tensor:
+def cosine(dot: Tensor, square: Tensor, query_length: Tensor) -> Tensor:
     """dot / (query_length * sqrt(square)): of a query and what it attends to, of that square.
 
-    A square in Gram form loses its digits where the attended vector all but vanishes, and may come
-    out below 0: the floor keeps the quotient finite, and no cosine leaves [-1, 1]. A vanished
-    vector has cosine 0 and passes no gradient, as in l2norm; it would outweigh all others.
+    As published the two lengths' product counts as 1e-8 at least. A vanished vector passes no
+    gradient, as in l2norm; it would outweigh all others. Overwrites dot where no graph is kept.
     """
-    length = square.clamp_min(floor**2).sqrt() * query_length  # like square
-    if dot.requires_grad:
-        dot = dot.masked_fill((square <= floor**2) | (query_length == 0), 0)  # like square
-    return (dot / length.clamp_min(floor)).clamp(-1, 1)  # like square
+    # A Gram form may come out below 0; see restore_faint for the rows where it does.
+    length = square.clamp_min(1e-30).sqrt() * query_length  # like square
+    if not (dot.requires_grad or length.requires_grad):
+        return dot.div_(length.clamp_min_(EPS))
+    x = dot / length.clamp_min(EPS)  # like square
+    return torch.where((square <= EPS**2) | (query_length == 0), x.detach(), x)  # like square
+
+
+def restore_faint(
+    x: Tensor,
+    square: Tensor,
+    bound: Tensor,
+    gather: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    cosine: Callable[[Tensor, Tensor, Tensor], Tensor] = cosine,
+) -> Tensor:
+    """Cosines x with those of faint attended vectors computed anew, from the vectors themselves.
+
+    The Gram form takes a length |c|^2 = a' G a from terms as large as `bound`, the largest |k|^2 of
+    the keys: where they cancel, the cosine is off by some 2e-8 / |c|^2 in keys of unit length, and
+    by 2e-8 / |c| only if c is built. Trained models lie above |c| = 0.5; few rows are faint.
+    `gather(*indices in x)` gives (P,) rows' attention (P, K), queries (P, D) and keys (P, K, D).
+    """
+    rows = (square < FAINT * bound).nonzero()  # (P, dimensions of x)
+    if not len(rows):
+        return x
+    with_size = gather(*rows[:1].unbind(1))[2].numel()
+    for some in rows.split(max(1, block_size(x.device) // with_size)):
+        a, queries, keys = gather(*some.unbind(1))
+        c = (a[:, None] @ keys)[:, 0]  # (P, D)
+        lengths = queries.norm(dim=1)  # (P,)
+        new = cosine((queries * c).sum(1), c.square().sum(1), lengths)  # (P,)
+        x = x.index_put(some.unbind(1), new)
+    return x
 
 
 def aggregate(x: Tensor, dim: int, how: CrossAttention, inside: Tensor | None) -> Tensor:
@@ -290,23 +311,25 @@ def attend(
     gram: Tensor,
     query_length: Tensor,
     how: CrossAttention,
+    vectors: tuple[Tensor, Tensor],
     inside: Tensor | None = None,
 ) -> Tensor:
     """Scores (N, M) of N captions of W words and M images, from their dots s (N, W, M, R).
 
     gram holds the dots among the keys: t2i (M, R, R) among each image's regions, i2t (N, W, W)
     among each caption's words. query_length holds the norms of the query rows: t2i (N, W, 1), i2t
-    (M, R), or with an N or M more where a caption meets one image only. `inside` (1, M, R) or (N,
-    1, R) says which regions there are, the others being zeros; None: all. Overwrites s where no
-    graph is kept.
+    (M, R), or with an N or M more where a caption meets one image only. `vectors` are the words (N,
+    W, D) and regions (M, R, D) themselves, for the few rows that need them; where pairs pose as one
+    caption (N = 1) or one image, those of each pair. `inside` (1, M, R) or (N, 1, R) says which
+    regions there are, the others being zeros; None: all. Overwrites s where no graph is kept.
 
-    The attended vector c = sum_k a_k k is never built: q.c = sum_k a_k s_k, and |c|^2 = a' G a.
+    The attended vector c = sum_k a_k k is not built: q.c = sum_k a_k s_k, and |c|^2 = a' G a.
     Both directions of section 3.1 are this function, i-t with regions as queries, t-i with words.
     """
     key = 3 if how.words_query else 1
     over = 1 if how.words_query else 2
     mul = Tensor.mul if s.requires_grad else Tensor.mul_
-    a, floor = attention(s, how, inside)  # like s
+    a = attention(s, how, inside)  # like s
     if how.words_query:
         rows = a.flatten(0, 1).transpose(0, 1)  # (M, N W, R)
         g = (rows @ gram).transpose(0, 1).view(s.shape)  # (N, W, M, R)
@@ -314,13 +337,28 @@ def attend(
         g = (gram @ a.flatten(2)).view(s.shape)  # (N, W, M, R)
     square = mul(g, a).sum(key)  # (N, W, M) or (N, M, R)
     dot = mul(s, a).sum(key)  # like square
-    x = cosine(dot, square, query_length, floor)  # like square
+    x = cosine(dot, square, query_length)  # like square
+
+    words, regions = vectors
+    n_captions, n_images = s.size(0), s.size(2)
+
+    def gather(n: Tensor, second: Tensor, third: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        w, m, r = (second, third, None) if how.words_query else (None, second, third)
+        caption = n if len(words) == n_captions else m
+        image = m if len(regions) == n_images else n
+        if how.words_query:
+            return a[n, w, m], words[caption, w], regions[image]
+        return a.transpose(1, 3)[n, r, m], regions[image, r], words[caption]
+
+    bound = gram.diagonal(dim1=1, dim2=2).amax(1)  # (M,) or (N,)
+    bound = bound if how.words_query else bound[:, None, None]
+    x = restore_faint(x, square, bound, gather)  # like square
+
     rows = None if how.words_query else inside  # of the queries
     scores = aggregate(x, over, how, rows)  # (N, M)
     if how.focus:
         # max().values, not amax(): ties pass their gradient to one key, as published.
-        largest = a.max(key).values / a.sum(key)  # like square
-        scores = scores + how.focus * aggregate(largest, over, how, rows)  # (N, M)
+        scores = scores + how.focus * aggregate(a.max(key).values, over, how, rows)  # (N, M)
     return scores
 
 
@@ -335,8 +373,8 @@ def packed_words(
 ) -> tuple[list[tuple[Tensor, list]], Tensor]:
     """Chunks of about `size` words without padding, and the order (C,) of their captions.
 
-    A chunk is (words (T, D), groups): one after the other, n captions of W words and what attend
-    needs of them, (n, W, their norms (n, W, 1) or, without `norms` (C, W), dots (n, W, W)).
+    A chunk is (words (T, D), groups): one after the other, captions of W words (n, W, D) and what
+    attend needs of them, their norms (n, W, 1) or, without `norms` (C, W), dots (n, W, W).
     """
     lengths, order = cap_lens.sort(stable=True)
     at = torch.arange(words.size(1))
@@ -349,13 +387,10 @@ def packed_words(
     for chunk, w, n in zip(*runs.tolist(), counts.tolist(), strict=True):
         some = slice(start, start + n * w)
         start += n * w
-        if norms is not None:
-            need = norms[some].view(n, w, 1)
-        else:
-            part = words[some].view(n, w, -1)  # (n, W, D)
-            need = part @ part.mT  # (n, W, W)
-        groups.setdefault(chunk, []).append((n, w, need))
-    sizes = [sum(n * w for n, w, _ in group) for group in groups.values()]
+        part = words[some].view(n, w, -1)  # (n, W, D)
+        need = part @ part.mT if norms is None else norms[some].view(n, w, 1)
+        groups.setdefault(chunk, []).append((part, need))
+    sizes = [sum(part[..., 0].numel() for part, _ in group) for group in groups.values()]
     return list(zip(words.split(sizes), groups.values(), strict=True)), order
 
 
@@ -369,7 +404,8 @@ def score_all(
     regions, of_images, *inside = images
     block, regions_of = block_size(regions.device), regions.size(1)
     images_of = max(1, min(len(regions), 64, block // regions_of))
-    size = max(1, block // (images_of * regions_of))
+    # Twice a block: the product gains by it, and what follows takes one length of captions at once.
+    size = max(1, 2 * block // (images_of * regions_of))
     vectors, norms = captions if how.words_query else (*captions, None)
     chunks, order = packed_words(vectors, norms, cap_lens, size)
     scores = []
@@ -381,11 +417,12 @@ def score_all(
         parts = []
         for words, groups in chunks:
             s = words @ columns  # (T, i R)
-            sizes = [n * w for n, w, _ in groups]
-            for (n, w, of_words), dots in zip(groups, s.split(sizes), strict=True):
-                dots = dots.view(n, w, -1, regions_of)  # (n, W, i, R)
+            sizes = [part[..., 0].numel() for part, _ in groups]
+            for (part, of_words), dots in zip(groups, s.split(sizes), strict=True):
+                dots = dots.view(*part.shape[:2], -1, regions_of)  # (n, W, i, R)
                 pair = (need, of_words) if how.words_query else (of_words, need)
-                parts.append(attend(dots, *pair, how, mask))  # (n, i)
+                vectors = part, regions[some]
+                parts.append(attend(dots, *pair, how, vectors, mask))  # (n, i)
         scores.append(torch.cat(parts))  # (C, i)
     back = order.argsort().to(regions.device)
     return torch.cat(scores, 1)[back].mT  # (I, C)
@@ -415,7 +452,7 @@ def score_some(
         lengths = lengths[..., None] if how.words_query else lengths
         inside = [x[None] for x in inside]
     # s is (n, W, i, R); paired (1, W, p, R) or (p, W, 1, R).
-    scores = attend(s, gram, lengths, how, *inside)
+    scores = attend(s, gram, lengths, how, (words, regions), *inside)
     return scores.flatten() if paired else scores  # (p,) or (n, i)
 
 

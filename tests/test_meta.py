@@ -131,7 +131,7 @@ def test_a_step_of_gsmn_stays_on_its_device(is_sparse, neighbours, dropped, all_
 
 
 @pytest.mark.parametrize("direction", ["t2i", "i2t"])
-def test_pairs_stay_on_their_device(direction):
+def test_pairs_stay_on_their_device(direction, all_nonzero):
     regions = torch.empty(9, 5, 16, device="meta", requires_grad=True)
     words = torch.empty(9, 4, 16, device="meta", requires_grad=True)
     with torch.device("meta"):
