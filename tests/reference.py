@@ -11,7 +11,9 @@ def normalise(s: Tensor, how: str, dim: int = 0) -> Tensor:
     if how.startswith("clipped"):
         s = torch.where(s > 0, s, 0.1 * s)
     if how.endswith("l2norm"):
-        return s / (s**2).sum(dim, keepdim=True).sqrt().add(1e-8)
+        norm = s.norm(dim=dim, keepdim=True)
+        # Dots with an empty region are zeros and pass no gradient; it would be 1e8 times too large.
+        return torch.where(norm == 0, 0, s / (norm.masked_fill(norm == 0, 1) + 1e-8))
     if how.endswith("l1norm"):
         return s / (s.abs().sum(dim, keepdim=True) + 1e-8)
     if how == "softmax":
@@ -22,11 +24,18 @@ def normalise(s: Tensor, how: str, dim: int = 0) -> Tensor:
 def aggregate(x: Tensor, agg: str, lambda_lse: float) -> Tensor:
     """One number of x (Q,)."""
     return {
-        "LogSumExp": lambda: (lambda_lse * x).exp().sum().log() / lambda_lse,
+        "LogSumExp": lambda: (lambda_lse * x).logsumexp(0) / lambda_lse,
         "Mean": lambda: x.sum() / len(x),
         "Max": lambda: max(x),
         "Sum": lambda: x.sum(),
     }[agg]()
+
+
+def cosine(x: Tensor, y: Tensor) -> Tensor:
+    """Cosine of two vectors; one that is all but zero passes no gradient."""
+    length = (x.norm() * y.norm()).clamp_min(1e-8)
+    cos = x @ y / length
+    return cos if x.any() and y.norm() > 1e-8 else cos.detach() + 0 * x.sum()
 
 
 def pair_score(
@@ -44,7 +53,7 @@ def pair_score(
     for query, row in zip(queries, weights, strict=True):
         attention = torch.softmax(lambda_softmax * row, 0)  # (K,)
         attended = (attention[:, None] * keys).sum(0)  # (D,)
-        cosines.append(query @ attended / (query.norm() * attended.norm()).clamp_min(1e-8))
+        cosines.append(cosine(query, attended))
         largest.append(max(attention))
     score = aggregate(torch.stack(cosines), agg, lambda_lse)
     return score + focus * aggregate(torch.stack(largest), agg, lambda_lse) if focus else score
@@ -131,11 +140,11 @@ def chan_pair(
             x.append(region @ mean / (mean.norm() + 1e-8))
     x = torch.stack(x)  # (K,)
     return {
-        "LSEPooling": lambda: (x / belta).exp().sum().log(),
+        "LSEPooling": lambda: (x / belta).logsumexp(0),
         "MeanPooling": lambda: x.sum() / len(x),
         "MaxPooling": lambda: max(x),
         "SumPooling": lambda: x.sum(),
-        "SoftmaxPooling": lambda: ((x / belta).exp() * x).sum() / (x / belta).exp().sum(),
+        "SoftmaxPooling": lambda: ((x / belta).softmax(0) * x).sum(),
     }[pooling]()
 
 
@@ -157,26 +166,36 @@ def chan_plain(regions: Tensor, words: Tensor, lengths: Tensor, belta: float) ->
     return (best.masked_fill(~inside, -torch.inf) / belta).logsumexp(2)  # (I, C)
 
 
-def info_nce(scores: Tensor, temperature: float, margin: float) -> Tensor:
-    """InfoNCE of matched pairs on the diagonal, row by row and column by column."""
+def info_nce(
+    scores: Tensor, temperature: float, margin: float, image_index: Tensor | None = None
+) -> Tensor:
+    """InfoNCE of matched pairs on the diagonal, row by row and column by column.
+
+    With image_index (B,), another caption of the same image is no negative.
+    """
     n, total = len(scores), 0.0
+    index = list(range(n)) if image_index is None else image_index.tolist()
     for s in (scores, scores.T):
         for i in range(n):
-            z = [
-                (s[i, j] - s[i, i] + margin) / temperature if i != j else 0 * s[i, i]
-                for j in range(n)
+            z = [0 * s[i, i]]
+            z += [
+                (s[i, j] - s[i, i] + margin) / temperature for j in range(n) if index[j] != index[i]
             ]
-            total = total + torch.stack(z).exp().sum().log() / n
+            total = total + torch.stack(z).logsumexp(0) / n
     return total
 
 
-def hinge(scores: Tensor, margin: float, max_violation: bool) -> Tensor:
-    """The ranking loss, one negative at a time."""
+def hinge(
+    scores: Tensor, margin: float, max_violation: bool, image_index: Tensor | None = None
+) -> Tensor:
+    """The ranking loss, one negative at a time; see info_nce for image_index."""
     n = len(scores)
-    total = scores.new_zeros(())
+    index = list(range(n)) if image_index is None else image_index.tolist()
+    total = 0 * scores.sum()
     for i in range(n):
-        caption_costs = [F.relu(margin + scores[i, j] - scores[i, i]) for j in range(n) if j != i]
-        image_costs = [F.relu(margin + scores[j, i] - scores[i, i]) for j in range(n) if j != i]
+        others = [j for j in range(n) if index[j] != index[i]]
+        caption_costs = [F.relu(margin + scores[i, j] - scores[i, i]) for j in others]
+        image_costs = [F.relu(margin + scores[j, i] - scores[i, i]) for j in others]
         for costs in (caption_costs, image_costs):
             if costs:
                 total = total + (max(costs) if max_violation else sum(costs))
@@ -198,9 +217,10 @@ def ranks(scores: np.ndarray) -> tuple[list[int], list[int]]:
 
 
 def block_cosines(q: Tensor, c: Tensor, num_block: int) -> Tensor:
-    """Cosines (..., B) of q and c (..., D), block by block."""
+    """Cosines (..., B) of q and c (..., D), block by block; see cosine."""
     q, c = (x.unflatten(-1, (num_block, -1)) for x in (q, c))  # (..., B, D / B)
-    return (q * c).sum(-1) / (q.norm(dim=-1) * c.norm(dim=-1)).clamp_min(1e-8)
+    x = (q * c).sum(-1) / (q.norm(dim=-1) * c.norm(dim=-1)).clamp_min(1e-8)
+    return torch.where((q != 0).any(-1) & (c.norm(dim=-1) > 1e-8), x, x.detach())
 
 
 def gsmn_nodes(queries: Tensor, keys: Tensor, scale: float, num_block: int) -> Tensor:
@@ -209,21 +229,26 @@ def gsmn_nodes(queries: Tensor, keys: Tensor, scale: float, num_block: int) -> T
     return block_cosines(queries, attention @ keys, num_block)
 
 
-def gaussians(kernels: torch.nn.Module, boxes: Tensor) -> Tensor:
-    """w_ijk (R, R, K) of one image's boxes (R, 4), not normalised."""
-    w = boxes.new_zeros(len(boxes), len(boxes), len(kernels.mean_rho))
-    for i, one in enumerate(boxes):
-        for j, other in enumerate(boxes):
+def log_gaussians(kernels: torch.nn.Module, boxes: Tensor) -> Tensor:
+    """log w_ijk (R, R, K) of one image's boxes (R, 4), not normalised.
+
+    Logarithms, because all w of narrow kernels may be too small for a number: what they are divided
+    by is then 0, but their softmax is the same quotient.
+    """
+    mu, nu, s, t = (
+        getattr(kernels, name)[:, 0]  # (K,)
+        for name in ("mean_rho", "mean_theta", "precision_rho", "precision_theta")
+    )
+    rows = []
+    for one in boxes:
+        for other in boxes:
             dx, dy = (one[:2] + one[2:]) / 2 - (other[:2] + other[2:]) / 2
             rho, theta = (dx**2 + dy**2).sqrt(), torch.atan2(dx, dy)
-            for k in range(w.size(2)):
-                d = (theta - kernels.mean_theta[k, 0]).abs()
-                d = torch.minimum(d, (2 * np.pi - d).abs())
-                rho_part = (rho - kernels.mean_rho[k, 0]) ** 2
-                rho_part = rho_part / (2 * (1e-14 + kernels.precision_rho[k, 0] ** 2))
-                theta_part = d**2 / (2 * (1e-14 + kernels.precision_theta[k, 0] ** 2))
-                w[i, j, k] = torch.exp(-rho_part) * torch.exp(-theta_part)
-    return w
+            d = (theta - nu).abs()  # (K,)
+            d = torch.minimum(d, (2 * np.pi - d).abs())
+            rho_part = (rho - mu) ** 2 / (2 * (1e-14 + s**2))
+            rows.append(-rho_part - d**2 / (2 * (1e-14 + t**2)))
+    return torch.stack(rows).view(len(boxes), len(boxes), -1)
 
 
 def graph_score(
@@ -235,9 +260,8 @@ def graph_score(
     for i in range(len(nodes)):
         parts = []
         for k, linear in enumerate(convolution.conv_weights):
-            vector = torch.zeros_like(nodes[i])
-            for j in range(len(nodes)):
-                vector = vector + w[i, j, k] * a[i, j] * nodes[j if neighbours else i]
+            weights = w[i, :, k] * a[i]  # (V,), of each neighbour j
+            vector = weights @ nodes if neighbours else weights.sum() * nodes[i]
             parts.append(linear(vector))
         h = torch.cat(parts)
         h = h.tanh() if neighbours else h
@@ -253,17 +277,18 @@ def gsmn_pair(
     `pairs` are [governor, dependent], the root's first; None is the dense graph.
     """
     num_block, scale, neighbours = model.how
-    # Textual graph.
-    e = torch.softmax(scale * words @ words.T, 1)  # (W, W)
-    a = torch.ones_like(e)
+    # Textual graph. Words outside a neighbourhood have e_ij = 0 and rows are normalised after that,
+    # so a softmax over the neighbourhood is the same: it leaves something where they are strong.
+    dots, a = scale * words @ words.T, torch.ones(len(words), len(words)).to(words)  # (W, W)
     if pairs is not None:
-        a = torch.zeros_like(e)
+        a = torch.zeros_like(dots)
         for governor, dependent in pairs[1:]:
             if max(governor, dependent) < len(words):
                 a[governor, dependent] = a[dependent, governor] = 1
         a = a + torch.eye(len(words), dtype=a.dtype)
         a = a.clamp(max=1) if neighbours else a
-        e = e * a
+    e = a * torch.softmax(torch.where(a > 0, dots, -torch.inf), 1)  # (W, W)
+    if pairs is not None:
         e = e / (e.norm(dim=1, keepdim=True) + 1e-8)
     if neighbours:
         w, a = e[:, :, None].expand(-1, -1, 8), torch.ones_like(e)
@@ -273,8 +298,8 @@ def gsmn_pair(
     nodes = gsmn_nodes(words, image, scale, num_block)
     score = graph_score(nodes, w, a, model.textual_graph, neighbours)
     # Visual graph.
-    w = gaussians(model.visual_graph.graph_convolution_1, boxes)  # (R, R, K)
-    w = w / w.sum(1 if neighbours else 2, keepdim=True)
+    w = log_gaussians(model.visual_graph.graph_convolution_1, boxes)  # (R, R, K)
+    w = w.softmax(1 if neighbours else 2)  # (R, R, K)
     nodes = gsmn_nodes(image, words, scale, num_block)
     return score + graph_score(nodes, w, w.new_ones(w.shape[:2]), model.visual_graph, neighbours)
 
@@ -327,3 +352,119 @@ def gsmn_caption_loop(
         g = (g / g.sum(1, keepdim=True)).view(-1, regions.size(1), g.size(1))  # (I R, R, K)
         scores.append(score + structure(nodes(regions, words), g, model.visual_graph))
     return torch.stack(scores, 1)
+
+
+# Whole systems: encoders and scores with the weights of a model, one image and one caption at a
+# time, in the precision of the weights.
+
+
+def unit(x: Tensor) -> Tensor:
+    """A vector of unit length; a zero vector stays zero and passes no gradient."""
+    return x / (x.norm() + 1e-8) if x.any() else 0 * x
+
+
+def gru(rnn: torch.nn.GRU, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs (W, D) of a GRU for x (W, E), and its final state (D,), means of the directions."""
+    for layer in range(rnn.num_layers):
+        sides, final = [], []
+        for side in ("", "_reverse") if rnn.bidirectional else ("",):
+            names = "weight_ih", "bias_ih", "weight_hh", "bias_hh"
+            w_x, b_x, w_h, b_h = (getattr(rnn, f"{x}_l{layer}{side}") for x in names)
+            h, states = x.new_zeros(rnn.hidden_size), []
+            for word in x.flip(0) if side else x:
+                x_reset, x_update, x_new = (w_x @ word + b_x).chunk(3)
+                h_reset, h_update, h_new = (w_h @ h + b_h).chunk(3)
+                new = (x_new + (x_reset + h_reset).sigmoid() * h_new).tanh()
+                update = (x_update + h_update).sigmoid()
+                h = (1 - update) * new + update * h
+                states.append(h)
+            final.append(h)
+            sides.append(torch.stack(states[::-1] if side else states))
+        x = torch.cat(sides, 1)
+    return sum(sides) / len(sides), sum(final) / len(final)
+
+
+def encode_caption(encoder: torch.nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Words (W, D) and the sentence (D,) of one caption (W,)."""
+    words, sentence = gru(encoder.rnn, encoder.embed.weight[ids])
+    return (words if encoder.no_txtnorm else torch.stack([unit(w) for w in words])), sentence
+
+
+def self_attention(attn: torch.nn.MultiheadAttention, x: Tensor, there: Tensor) -> Tensor:
+    """Multi-head attention of x (R, D) to those of its rows that are there (R,)."""
+    heads = []
+    weights, biases = attn.in_proj_weight.chunk(3), attn.in_proj_bias.chunk(3)
+    q, k, v = (x @ w.T + b for w, b in zip(weights, biases, strict=True))
+    size = x.size(1) // attn.num_heads
+    for q_h, k_h, v_h in zip(q.split(size, 1), k.split(size, 1), v.split(size, 1), strict=True):
+        heads.append(torch.softmax(q_h @ k_h[there].T / size**0.5, 1) @ v_h[there])
+    return torch.cat(heads, 1) @ attn.out_proj.weight.T + attn.out_proj.bias
+
+
+def layer_norm(layer: torch.nn.LayerNorm, x: Tensor) -> Tensor:
+    """Each row of x with mean 0 and variance 1, then scaled and shifted."""
+    centred = x - x.mean(1, keepdim=True)
+    variance = (centred**2).mean(1, keepdim=True)
+    return centred / (variance + layer.eps).sqrt() * layer.weight + layer.bias
+
+
+def encode_image(model: torch.nn.Module, item: dict[str, Tensor]) -> Tensor:
+    """Regions (R', D) of one image: those that are there, where the item says which (R,)."""
+    encoder, x = model.img_enc, item["images"]
+    there = item.get("inside", torch.ones(len(x), dtype=torch.bool))
+    if hasattr(encoder, "position_embedding"):
+        some = len(item["blocks"])
+        p = positions(encoder, x[:some], item["blocks"], item["overlap"])
+        if some < len(x):  # the last region is the whole image
+            p = torch.cat((p, encoder.position_embedding.weight.mean(0)[None]))
+        x = torch.cat((x, p), 1)
+    weight = encoder.fc.weight
+    if hasattr(encoder.fc, "weight_g"):
+        weight = encoder.fc.weight_g * encoder.fc.weight_v / encoder.fc.weight_v.norm()
+    x = x @ weight.T + encoder.fc.bias
+    block = getattr(encoder, "feedforward", None)
+    if hasattr(block, "attn"):
+        seen = there if model.mask_dropped else torch.ones_like(there)
+        norms = [layer for name, layer in block.named_children() if name.startswith("ln")]
+        x = x + self_attention(block.attn, layer_norm(norms[0], x), seen)
+    if hasattr(block, "mlp"):
+        h = layer_norm(block.ln_2, x) @ block.mlp.c_fc.weight.T + block.mlp.c_fc.bias
+        h = h * torch.sigmoid(1.702 * h)
+        x = x + h @ block.mlp.c_proj.weight.T + block.mlp.c_proj.bias
+    x = x if encoder.no_imgnorm else torch.stack([unit(v) for v in x])
+    return x[there]
+
+
+def system_pair(model: torch.nn.Module, item: dict[str, Tensor], caption: dict) -> Tensor:
+    """The score of one image and one caption by SCAN, PFAN, its whole-image variant, GSMN, CHAN."""
+    regions, (words, sentence), how = item["regions"], caption["encoded"], model.how
+    system = type(model).__name__
+    if system == "CHAN":
+        names = "coding_type", "pooling_type", "alpha", "belta"
+        return chan_pair(regions, words, *(getattr(how, name) for name in names))
+    if system == "GSMN":
+        boxes = item["boxes"][item["inside"]] if "inside" in item else item["boxes"]
+        return gsmn_pair(model, regions, boxes, words, caption["pairs"])
+    score = 0
+    if system == "PFANWhole":
+        whole = item["whole"] @ model.img_enc.fc_whole.weight.T + model.img_enc.fc_whole.bias
+        score = model.lambda_whole * cosine(whole, sentence)
+        if model.need_box_whole and how.words_query:
+            score = score + 0.5 * cosine(regions[-1], sentence)
+            regions = regions[:-1]
+    queries, keys = (words, regions) if how.words_query else (regions, words)
+    names = "raw_feature_norm", "agg_func", "lambda_softmax", "lambda_lse", "focus"
+    return score + pair_score(queries, keys, *(getattr(how, name) for name in names))
+
+
+def system_scores(model: torch.nn.Module, batch: dict, pairs: list | None = None) -> Tensor:
+    """Scores (I, C) of a batch by any system; `pairs` are the captions' dependencies (GSMN)."""
+    items, captions = [], []
+    for k in range(len(batch["images"])):
+        item = {name: x[k] for name, x in batch.items()}
+        items.append(item | {"regions": encode_image(model, item)})
+    for k, length in enumerate(batch["lengths"].tolist()):
+        encoded = encode_caption(model.txt_enc, batch["captions"][k, :length])
+        captions.append({"encoded": encoded, "pairs": pairs[k] if pairs else None})
+    scores = [system_pair(model, item, caption) for item in items for caption in captions]
+    return torch.stack(scores).view(len(items), len(captions))

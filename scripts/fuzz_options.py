@@ -1,0 +1,89 @@
+"""Random options of every system, compared with plain loops in float64.
+
+    python scripts/fuzz_options.py --n 1000                 # some 10 minutes on two cores
+    python scripts/fuzz_options.py --n 200 --model gsmn     # one system
+    python scripts/fuzz_options.py --seed 503 --n 1         # one case again
+
+Run it after every change to the mathematics. Case k is what tests/random_options.py draws from seed
+k, so a line of the output can be run again; that file also says what is compared and how close it
+must be. Prints each case that is not close enough, and ends with exit status 1 if there is one.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests.random_options import SYSTEMS, check, draw
+from util.cli import InputError, progress, run, say
+
+
+def examine(seed: int, system: str | None) -> tuple[int, str, str, list[str]]:
+    """One case, in a process of its own: its seed, its system, the case in words, the findings."""
+    case = draw(seed, system)
+    try:
+        findings = [str(finding) for finding in check(case)]
+    except Exception as error:  # the other cases go on; what it says counts as a finding
+        findings = [f"{type(error).__name__}: {error}"]
+    return seed, case.system, str(case), findings
+
+
+def examined(seeds: range, opt: argparse.Namespace) -> Iterator[tuple[int, str, str, list[str]]]:
+    """All cases, as they are done, by so many processes with one thread each."""
+    if opt.jobs == 1:
+        yield from (examine(seed, opt.model) for seed in seeds)
+        return
+    with concurrent.futures.ProcessPoolExecutor(
+        opt.jobs,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=torch.set_num_threads,
+        initargs=(1,),
+    ) as pool:
+        jobs = [pool.submit(examine, seed, opt.model) for seed in seeds]
+        for job in concurrent.futures.as_completed(jobs):
+            yield job.result()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--n", type=int, default=1000, help="how many cases")
+    parser.add_argument("--seed", type=int, default=0, help="that of the first case")
+    parser.add_argument("--model", choices=sorted(SYSTEMS), help="one system; default: all")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    opt = parser.parse_args(argv)
+    for name in ("n", "jobs"):
+        if getattr(opt, name) < 1:
+            raise InputError(f"--{name} {getattr(opt, name)}: expected at least 1")
+    if opt.seed < 0:
+        raise InputError(f"--seed {opt.seed}: expected at least 0")
+
+    start, cases, wrong = time.time(), collections.Counter(), collections.Counter()
+    seeds = range(opt.seed, opt.seed + opt.n)
+    for seed, system, words, findings in progress(examined(seeds, opt), "cases", total=opt.n):
+        cases[system] += 1
+        wrong[system] += bool(findings)
+        if findings:
+            say(f"seed {seed}: {words}\n    " + "\n    ".join(findings))
+    counts = ", ".join(f"{name} {wrong[name]} of {cases[name]}" for name in sorted(cases))
+    print(f"{wrong.total()} of {opt.n} cases too far from float64 ({counts})", end="")
+    print(f" in {time.time() - start:.0f} s")
+    if wrong.total():
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(main)
