@@ -89,6 +89,8 @@ class WordPieces:
                 f"{source}: not BERT's tokens: expected WordPiece, {' '.join(special)} among its "
                 "pieces"
             )
+        # "[MASK]" in a caption is text: published programs split it like any other.
+        self.tokenizer.encode_special_tokens = True
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.word2idx = self.tokenizer.get_vocab()
@@ -164,18 +166,46 @@ def pretrained(path: str) -> dict[str, Tensor]:
 
 
 def infer_config(state: dict[str, Tensor]) -> dict:
-    """The same from the weights of a text encoder that does not say: heads of 64 numbers each."""
+    """What the weights of a text encoder tell of its configuration; see complete_config."""
     words = state["bert.embeddings.word_embeddings.weight"]  # (pieces, H)
     layers = [key for key in state if key.endswith("attention.self.query.weight")]
     return {
         "vocab_size": words.shape[0],
         "hidden_size": words.shape[1],
         "num_hidden_layers": len(layers),
-        "num_attention_heads": max(words.shape[1] // 64, 1),
         "intermediate_size": state["bert.encoder.layer.0.intermediate.dense.weight"].shape[0],
         "max_position_embeddings": state["bert.embeddings.position_embeddings.weight"].shape[0],
         "type_vocab_size": state["bert.embeddings.token_type_embeddings.weight"].shape[0],
     }
+
+
+def complete_config(known: dict, source: str, path: str) -> dict:
+    """The configuration of a checkpoint's BERT whose weights tell only what is `known`.
+
+    Its heads, activation, layer norm and dropout come from the config.json of the BERT at `source`,
+    a folder or a name. Where a folder has none they are those of bert-base: heads of 64 numbers,
+    GELU, 1e-12, 0.1; that is said. `path` names the checkpoint. Raises InputError if the sizes of
+    config.json are not those of the weights.
+    """
+    if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
+        config = library().BertConfig(
+            **known, num_attention_heads=max(known["hidden_size"] // 64, 1)
+        )
+        config = {name: getattr(config, name) for name in CONFIG}
+        said = ", ".join(f"{name} {x}" for name, x in config.items() if name not in known)
+        print(
+            f"warning: {source}: no config.json, and the weights of {path} do not tell all of it; "
+            f"guessed, as of bert-base-uncased: {said}"
+        )
+        return config
+    config = read_config(source)
+    for name, x in known.items():
+        if config[name] != x:
+            raise InputError(
+                f"{source}: config.json: {name} {config[name]}, but the weights of {path} have "
+                f"{x}; give the folder of the BERT that it started from"
+            )
+    return config
 
 
 class EncoderTextBert(nn.Module):

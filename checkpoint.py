@@ -23,13 +23,13 @@ import torch
 from torch import nn
 
 import options
-from bert import CONFIG, EncoderTextBert, WordPieces, infer_config
+from bert import CONFIG, EncoderTextBert, WordPieces, complete_config, infer_config
 from chan import CHAN
 from gsmn import GSMN
 from model import SCAN
 from pfan import PFAN, PFANWhole
 from util.cli import InputError
-from vocab import Vocabulary, deserialize_vocab
+from vocab import UNICODE, Vocabulary, deserialize_vocab
 
 # Their arguments are options of the same names.
 MODELS = {"scan": SCAN, "gsmn": GSMN, "pfan": PFAN, "pfan_whole": PFANWhole, "chan": CHAN}
@@ -262,8 +262,11 @@ def as_read(vocab: Vocabulary, opt: argparse.Namespace) -> Vocabulary:
     """The vocabulary as the system reads words, as published.
 
     PFAN's whole-image variant takes unknown words for <pad>; CHAN has a word more, <mask>, and so
-    has any system that was trained with --drop.
+    has any system that was trained with --drop. Words of a published vocabulary are lowered as
+    bytes by all but CHAN, which is a program for Python 3.
     """
+    if opt.model == "chan" and vocab.tokenizer is None:
+        vocab.lower = UNICODE
     if opt.model == "chan" or opt.drop:
         vocab.add_word(vocab.mask)
     vocab.unknown = "<pad>" if opt.model == "pfan_whole" else "<unk>"
@@ -337,15 +340,29 @@ def find_pieces(
     return pieces
 
 
+def find_bert_config(checkpoint: dict, path: str, source: str | os.PathLike | None = None) -> dict:
+    """The configuration of a checkpoint's BERT.
+
+    Ours hold it. For a published one it is that of the BERT at `source`, or else at `bert_path` of
+    its options; see complete_config.
+    """
+    opt = checkpoint["opt"]
+    if opt.bert_config.keys() == set(CONFIG):
+        return opt.bert_config
+    return complete_config(opt.bert_config, os.fspath(source or opt.bert_path), path)
+
+
 def load_model(
     path: str, vocab_path: str | os.PathLike | None = None, device: str | torch.device = "cpu"
 ) -> tuple[nn.Module, Vocabulary | WordPieces, argparse.Namespace]:
     """A checkpoint's model with its weights, on the device; its vocabulary; its options.
 
-    Raises FileNotFoundError or InputError; see load and find_vocab.
+    Raises FileNotFoundError or InputError; see load, find_vocab and find_bert_config.
     """
     checkpoint = load(path)
     vocab = find_vocab(checkpoint, path, vocab_path)
+    if checkpoint["opt"].text_enc_type == "bert":
+        checkpoint["opt"].bert_config = find_bert_config(checkpoint, path, vocab_path)
     model = build_model(checkpoint["opt"], len(vocab))
     load_weights(model, checkpoint, path)
     return model.to(device), vocab, checkpoint["opt"]

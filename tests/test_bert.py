@@ -29,7 +29,8 @@ transformers = pytest.importorskip("transformers")
 SPECIAL = "[PAD] [UNK] [CLS] [SEP] [MASK]".split()
 # Whole words, and words that must be put together.
 PIECES = [*SPECIAL, "a", ".", ",", "'", "un", "##able", "##s", "##ing", "run", "##n", "cafe"]
-PIECES += [*WORDS[:8], "b", "##ird", "c", "##ar", "s", "##it", "f", "##lies", "st", "##and", "man"]
+PIECES += [*WORDS[:8], *"[]", "mask"]
+PIECES += ["b", "##ird", "c", "##ar", "s", "##it", "f", "##lies", "st", "##and", "man"]
 SIZES = dict(
     vocab_size=len(PIECES),
     hidden_size=16,
@@ -79,13 +80,27 @@ def test_pieces_are_those_of_the_library(little):
     pieces = WordPieces.read(folder)
     theirs = transformers.BertTokenizer.from_pretrained(str(folder))
     for caption in CAPTIONS:
-        assert pieces.encode(caption) == theirs(caption).input_ids
+        want = theirs(caption, split_special_tokens=True).input_ids
+        assert pieces.encode(caption) == want
     assert len(pieces) == len(PIECES)
     ids = pieces.encode("A dogs running")
     tokens = ["[CLS]", "a", "dog", "##s", "run", "##n", "##ing", "[SEP]"]
     assert [PIECES[i] for i in ids] == tokens
     again = WordPieces(pieces.state_dict()["tokenizer_json"], "x")
     assert [again.encode(c) for c in CAPTIONS] == [pieces.encode(c) for c in CAPTIONS]
+
+
+def test_special_tokens_in_a_caption_are_text(little):
+    """Published programs split a caption into words and pieces, and put [CLS] and [SEP] around."""
+    pieces = WordPieces.read(little[0])
+    for again in (pieces, WordPieces(pieces.state_dict()["tokenizer_json"], "x")):
+        for caption, tokens in (
+            ("a [MASK] dog", "a [ mask ] dog"),
+            ("[SEP]a", "[ [UNK] ] a"),
+            ("[CLS] [UNK][PAD]", "[ [UNK] ] [ [UNK] ] [ [UNK] ]"),
+        ):
+            ids = again.encode(caption)
+            assert [PIECES[i] for i in ids] == ["[CLS]", *tokens.split(), "[SEP]"]
 
 
 def test_a_cased_bert_stays_cased(little):
@@ -231,13 +246,53 @@ def test_a_checkpoint_as_published(tiny, little, capsys):
         evaluation.evalrank("model_best.pth")
     assert evaluation.evalrank("model_best.pth", vocab_path="bert") == want
     (folder / "vocab.txt").write_text("".join(f"{p}\n" for p in PIECES[:-1]))
-    with pytest.raises(InputError, match="34 WordPiece tokens, but model_best.pth was trained wi"):
+    with pytest.raises(InputError, match="WordPiece tokens, but model_best.pth was trained wi"):
         evaluation.evalrank("model_best.pth", vocab_path="bert")
     write_bert(folder, hidden_size=128)
     capsys.readouterr()
     evaluation.evalrank("run/checkpoint_0.pth.tar", vocab_path="nowhere")
     assert "holds its own WordPiece tokens, nowhere is not read" in capsys.readouterr().out
     train.main(flags("chan", num_epochs=2, resume="model_best.pth"))  # a published run goes on
+
+
+def as_published(path: str, out: str = "model_best.pth") -> None:
+    """A checkpoint of ours without what published ones lack."""
+    state = torch.load(path, weights_only=False)
+    names = ("data_path", "data_name", "vocab_path", "batch_size", "embed_size")
+    kept = {name: getattr(state["opt"], name) for name in names}
+    state["opt"] = argparse.Namespace(**kept, precomp_enc_type="basic")
+    for name in ("run", "vocab"):
+        del state[name]
+    torch.save(state, out)
+
+
+def test_what_weights_do_not_tell_comes_from_the_folder(tiny, little, capsys):
+    """Heads, activation and layer norm leave no trace in the weights; other ones, other scores."""
+    folder, _ = little
+    odd = {"num_attention_heads": 4, "hidden_act": "relu", "layer_norm_eps": 1e-3}
+    write_bert(folder, **odd)
+    train.main(flags("chan", num_epochs=1))
+    evaluation.evalrank("run/checkpoint_0.pth.tar", save_path="want.npy")
+    as_published("run/checkpoint_0.pth.tar")
+    evaluation.evalrank("model_best.pth", vocab_path="bert", save_path="got.npy")
+    np.testing.assert_array_equal(np.load("got.npy"), np.load("want.npy"))
+    assert "guessed" not in capsys.readouterr().out
+    # It goes on in training with them too, and keeps them.
+    train.main(flags("chan", num_epochs=2, resume="model_best.pth"))
+    kept = ckpt.load("run/checkpoint_1.pth.tar")["opt"].bert_config
+    assert {name: kept[name] for name in odd} == odd
+
+    (folder / "config.json").unlink()
+    capsys.readouterr()
+    evaluation.evalrank("model_best.pth", vocab_path="bert", save_path="guess.npy")
+    said = capsys.readouterr().out
+    assert "bert: no config.json" in said and "guessed" in said
+    assert "num_attention_heads 1, hidden_act gelu," in said and "layer_norm_eps 1e-12" in said
+    assert np.abs(np.load("guess.npy") - np.load("want.npy")).max() > 1e-3
+
+    write_bert(folder, **odd, num_hidden_layers=3)
+    with pytest.raises(InputError, match="num_hidden_layers 3, but the weights of model_best.pth"):
+        evaluation.evalrank("model_best.pth", vocab_path="bert")
 
 
 @pytest.mark.parametrize(
