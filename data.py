@@ -176,7 +176,7 @@ class PrecompDataset(Dataset):
         """Word ids of each line of a caption file."""
         empty = []
         for row, caption in enumerate(captions, 1):
-            if not caption:
+            if not caption.strip():
                 empty.append(row)
             yield vocab.encode(caption)
         if empty:
@@ -227,9 +227,9 @@ class PrecompDataset(Dataset):
 class PositionDataset(PrecompDataset):
     """PFAN's split: regions come with the blocks of the image that they overlap.
 
-    `{split}_boxes.npy` (rows, R, 2 K): K = `n_blocks` block ids, then K weights, as
-    util/positions.py writes them; one more column, the area, is not read. `split_size` squared is
-    the id of no block.
+    `{split}_boxes.npy` (rows, R, 2 K): K block ids, then K weights, as util/positions.py writes
+    them; one more column, the area, is not read. The file says how many, `n_blocks`. `split_size`
+    squared is the id of no block.
     """
 
     def __init__(
@@ -239,10 +239,9 @@ class PositionDataset(PrecompDataset):
         vocab: Vocabulary,
         img_dim: int,
         split_size: int = 16,
-        n_blocks: int = 15,
     ):
         super().__init__(data_path, data_split, vocab, img_dim)
-        self.none, self.n_blocks = split_size**2, n_blocks
+        self.none = split_size**2
         self.block_path = os.path.join(data_path, f"{data_split}_boxes.npy")
         if not os.path.isfile(self.block_path):
             raise FileNotFoundError(
@@ -254,12 +253,13 @@ class PositionDataset(PrecompDataset):
         self._check_blocks(rows, regions)
 
     def _check_blocks(self, rows: int, regions: int) -> None:
-        found, columns = self.blocks.shape, 2 * self.n_blocks
-        if found[:2] != (rows, regions) or found[2] not in (columns, columns + 1):
+        found = self.blocks.shape
+        self.n_blocks = found[2] // 2
+        if found[:2] != (rows, regions) or self.n_blocks < 1:
             raise InputError(
                 f"{self.block_path}: an array of shape {found}, but {self.path} holds {rows} "
-                f"images of {regions} regions; expected ({rows}, {regions}, {columns}), for "
-                f"--n_blocks {self.n_blocks}"
+                f"images of {regions} regions; expected ({rows}, {regions}, 2 K), K block ids and "
+                "K weights"
             )
 
     def image_item(self, image: int) -> dict[str, Tensor]:
@@ -270,7 +270,7 @@ class PositionDataset(PrecompDataset):
         ids, overlap = table.split(k, 1)
         blocks = ids.long()  # (R, K)
         wrong = (blocks != ids) | (blocks < 0) | (blocks > self.none) | ~(overlap >= 0)
-        wrong |= overlap.isinf()
+        wrong |= overlap > 1.001  # parts of the overlap, as float16 may hold them
         # No block may be there twice: what another grid calls none would be.
         ordered = blocks.sort(1).values
         twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != self.none)
@@ -279,7 +279,7 @@ class PositionDataset(PrecompDataset):
             region = int(wrong.any(1).nonzero()[0])
             raise InputError(
                 f"{self.block_path}: row {row} (from 0), region {region}: expected {k} block ids "
-                f"from 0 to {self.none}, then {k} weights from 0 on, found "
+                f"from 0 to {self.none}, then {k} weights from 0 to 1, found "
                 f"{reprlib.repr(table[region].tolist())}; it is not made for --split_size "
                 f"{round(self.none**0.5)}, or these are not blocks: util/positions.py makes them"
             )
@@ -563,7 +563,7 @@ def open_split(
     if opt.model == "gsmn":
         kind, own = GraphDataset, (opt.is_sparse,)
     elif opt.model in ("pfan", "pfan_whole"):
-        kind, own = PositionDataset, (opt.split_size, opt.n_blocks)
+        kind, own = PositionDataset, (opt.split_size,)
     if opt.model == "pfan_whole":
         kind, more = WholeDataset, more | {"need_box_whole": opt.need_box_whole}
     dataset = kind(folder, split, vocab, opt.img_dim, *own, **more)

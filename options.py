@@ -244,7 +244,12 @@ def build_parser() -> argparse.ArgumentParser:
     pfan.add_argument(
         "--split_size", default=16, type=COUNT, help="blocks along a side of the image"
     )
-    pfan.add_argument("--n_blocks", default=15, type=COUNT, help="blocks a region comes with")
+    pfan.add_argument(
+        "--n_blocks",
+        default=15,
+        type=COUNT,
+        help="blocks that serve.py gives a region; training takes as many as their file holds",
+    )
     pfan.add_argument("--position_embed_size", default=200, type=COUNT, help="numbers a block")
     pfan.add_argument(
         "--lambda_whole", default=1.0, type=NOT_NEGATIVE, help="weight of the whole image's cosine"

@@ -144,11 +144,16 @@ def fit(opt: argparse.Namespace, device: torch.device) -> None:
         kind = resumed["opt"].text_enc_type
         raise InputError(f"{opt.resume}: give --text_enc_type {kind}, as it was trained with")
     if opt.text_enc_type == "bert":  # kept in the checkpoints, which then need no folder of BERT's
-        opt.bert_config = resumed["opt"].bert_config if resumed else read_config(opt.bert_path)
+        opt.bert_config = (
+            ckpt.find_bert_config(resumed, opt.resume, opt.bert_path)
+            if resumed
+            else read_config(opt.bert_path)
+        )
     vocab = read_vocab(opt, resumed)
     opt.vocab_size = len(vocab)
     folder = find_data(opt.data_path, opt.data_name, opt.model)
     train_set = open_split(folder, "train", vocab, opt)
+    opt.n_blocks = getattr(train_set, "n_blocks", opt.n_blocks)  # serve.py makes as many
     if opt.drop:
         train_set.drop = Drop(opt.obj_drop_rate, opt.seed, vocab, opt.need_box_whole)
     dev_set = open_split(folder, "dev", vocab, opt)

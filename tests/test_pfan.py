@@ -306,15 +306,23 @@ def change(name, row, column, value):
         (lambda f: (f / "train_boxes.npy").unlink(), "no positions, which PFAN needs; make them"),
         (
             lambda f: np.save(f / "train_boxes.npy", np.zeros((20, 5, 30), np.float32)),
-            r"shape \(20, 5, 30\), but .* holds 20 images of 4 regions; expected \(20, 4, 30\)",
+            r"shape \(20, 5, 30\), but .* holds 20 images of 4 regions; expected \(20, 4, 2 K\)",
         ),
         (
             lambda f: np.save(f / "train_boxes.npy", np.zeros((4, 30), np.float32)),
             "expected a float16 or float32 array of 3 axes",
         ),
         (
+            lambda f: np.save(f / "train_boxes.npy", np.zeros((20, 4, 1), np.float32)),
+            r"shape \(20, 4, 1\).* expected \(20, 4, 2 K\), K block ids and K weights",
+        ),
+        (
             lambda f: np.save(f / "train_boxes.npy", np.zeros((20, 4, 10), np.float32)),
-            r"shape \(20, 4, 10\).* expected \(20, 4, 30\), for --n_blocks 15",
+            r"row 0 \(from 0\), region 0: expected 5 block ids",
+        ),
+        (  # pixel boxes
+            lambda f: np.save(f / "train_boxes.npy", np.full((20, 4, 4), [3, 4, 60, 70.0])),
+            r"row 0 \(from 0\), region 0: expected 2 block ids .*: util/positions.py makes them",
         ),
         (
             change("train_boxes.npy", 3, 2, 257),
@@ -323,9 +331,9 @@ def change(name, row, column, value):
         (change("train_boxes.npy", 3, 2, -1), "block ids from 0 to 256"),
         (change("train_boxes.npy", 3, 2, 1.5), "expected 15 block ids"),
         (change("train_boxes.npy", 3, 2, np.nan), "expected 15 block ids"),
-        (change("train_boxes.npy", 3, 17, np.nan), "then 15 weights from 0 on"),
-        (change("train_boxes.npy", 3, 17, np.inf), "then 15 weights from 0 on"),
-        (change("train_boxes.npy", 3, 17, -0.5), "then 15 weights from 0 on"),
+        (change("train_boxes.npy", 3, 17, np.nan), "then 15 weights from 0 to 1"),
+        (change("train_boxes.npy", 3, 17, np.inf), "then 15 weights from 0 to 1"),
+        (change("train_boxes.npy", 3, 17, -0.5), "then 15 weights from 0 to 1"),
         (lambda f: (f / "train_who_ims.npy").unlink(), "train_who_ims.npy: no such file"),
         (
             lambda f: np.save(f / "train_who_ims.npy", np.zeros((20, 7), np.float32)),
@@ -354,10 +362,20 @@ def test_other_grids_and_numbers_of_blocks(tiny_positions):
     positions.main(
         "--data_name tiny_precomp --split_size 4 --n_blocks 6 --with_area --overwrite".split()
     )
-    train.main(train_args(num_epochs=1, model="pfan", split_size=4, n_blocks=6))
+    # The file says how many there are.
+    train.main(train_args(num_epochs=1, model="pfan", position="only", split_size=4))
     opt = ckpt.load("run/checkpoint_0.pth.tar")["opt"]
     assert (opt.split_size, opt.n_blocks) == (4, 6)
-    assert evaluation.evalrank("run/checkpoint_0.pth.tar", split="test")["rsum"] > 0
+    metrics = evaluation.evalrank("run/checkpoint_0.pth.tar", split="test", save_path="x.npy")
+    # So it does for the data that a checkpoint is tested on: here with blocks that add nothing.
+    for split in ("test", "dev"):
+        path = f"data/tiny_precomp/{split}_boxes.npy"
+        ids, weights, _ = np.split(np.load(path), [6, 12], axis=2)
+        more = np.full_like(ids[..., :3], 16), np.zeros_like(ids[..., :3])
+        np.save(path, np.concatenate([ids, more[0], weights, more[1]], 2))
+    evaluation.evalrank("run/checkpoint_0.pth.tar", split="test", save_path="y.npy")
+    np.testing.assert_allclose(np.load("y.npy"), np.load("x.npy"), rtol=1e-5)
+    assert metrics["rsum"] > 0
 
 
 def test_a_vocabulary_of_other_captions_is_warned_of(tiny_positions, capsys):
