@@ -2,9 +2,12 @@
 # Makes an environment and runs the whole test suite: bash scripts/test.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-extras="pytest==9.2.0 ruff==0.17.6 fastapi==0.165.0 uvicorn==0.54.0 transformers==5.23.0"
+extras="pytest==9.2.0 pytest-xdist==3.8.0 ruff==0.17.6 fastapi==0.165.0 uvicorn==0.54.0"
+extras="$extras transformers==5.23.0"
 extras="$extras eccv_caption==0.1.0"
 source scripts/environment.sh
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-"$PYTHON" -m pytest -q "$@"
+# A process a core, each with one thread: two threads in each of them would wait for each other.
+export OMP_NUM_THREADS=1
+"$PYTHON" -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadgroup "$@"

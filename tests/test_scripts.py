@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+import options
 import train
 from tests.conftest import write_graphs, write_positions, write_split
 from vocab import build_vocab
 
 ROOT = Path(train.__file__).parent
+pytestmark = pytest.mark.xdist_group("scripts")  # the ensembles are of the rows' runs
 ROWS = sorted(p.stem for p in (ROOT / "scripts").glob("scan_*_?2?_*.sh"))
 PFAN = sorted(p.stem for p in (ROOT / "scripts").glob("pfan_*_?2?.sh"))
 GSMN = [f"gsmn_{d}_{k}" for d in ("coco", "f30k") for k in ("dense", "sparse")]
@@ -40,8 +42,8 @@ def home(tmp_path_factory):
     return home
 
 
-def bash(home, script, *args):
-    env = os.environ | {"PYTHON": sys.executable}
+def bash(home, script, *args, **env):
+    env = os.environ | {"PYTHON": sys.executable} | env
     return subprocess.run(
         ["bash", ROOT / "scripts" / f"{script}.sh", *args],
         cwd=home,
@@ -61,6 +63,30 @@ def test_there_is_a_script_for_each_row():
 
 
 @pytest.mark.parametrize("row", ROWS)
+def test_flags_of_the_rows(home, row, tmp_path):
+    """What each script calls, by a Python that only writes it down."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/calls\n')
+    python.chmod(0o755)
+    done = bash(home, row, "data", "--num_epochs", "3", PYTHON=str(python), VOCAB_PATH="none")
+    assert done.returncode == 0, done.stderr
+    calls = [x.split() for x in (tmp_path / "calls").read_text().splitlines()]
+    vocabulary, training, evaluation = calls
+    assert [Path(call[0]).stem for call in calls] == ["vocab", "train", "evaluation"]
+    opt = options.parse(training[1:])
+    assert opt.model == "scan" and opt.data_name == f"{row.split('_')[1]}_precomp"
+    assert opt.cross_attn == row.split("_")[2] and opt.max_violation and opt.bi_gru
+    assert opt.agg_func == ("Mean" if "avg" in row else "LogSumExp") and opt.num_epochs == 3
+    assert opt.data_name in vocabulary and evaluation[1] == f"{opt.model_name}/model_best.pth.tar"
+    assert ("--fold5" in evaluation) == ("testall" in evaluation) == ("coco" in row)
+    recalls = [float(x) for x in evaluation[evaluation.index("--paper") + 1 :]]
+    assert len(recalls) == 6 and recalls[0] < recalls[1] < recalls[2] < 100
+
+
+RUN = [row for row in ROWS if row.endswith(("t2i_avg", "i2t_lse"))]  # those of the ensembles
+
+
+@pytest.mark.parametrize("row", RUN)
 def test_rows(home, row):
     done = bash(home, row, "data", *TINY)
     assert done.returncode == 0, done.stdout + done.stderr
