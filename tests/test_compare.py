@@ -174,7 +174,7 @@ def test_a_run_of_minutes(tiny):
     assert row["epochs"] == "2" and len(read_log("out/scan_seed0")) == 2
     args = [*ARGS, "--out", "more", "--systems", "scan", "--minutes"]
     seconds = [epoch["seconds"] for epoch in read_log("out/scan_seed0")]
-    compare.main([*args, str((sum(seconds) + 4 * max(seconds[1], 0.1)) / 60), *TINY.split()])
+    compare.main([*args, str((sum(seconds) + 15 * max(seconds[1], 0.1)) / 60), *TINY.split()])
     epochs = [epoch["epoch"] for epoch in read_log("more/scan_seed0")]
     assert epochs == list(range(len(epochs))) and len(epochs) > 2
 
