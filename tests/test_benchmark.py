@@ -29,7 +29,7 @@ def test_prints_one_json_object(capsys, monkeypatch):
 
 @pytest.mark.parametrize("name", ["step_parts", "growth10"])
 def test_peak_memory_is_that_of_a_process_of_its_own(name):
-    assert benchmark.peak_memory(name, "t2i", True, "cpu") > 0
+    assert 100 < benchmark.peak_memory(name, "t2i", True, "cpu") < 10000
 
 
 def test_the_usual_loop_calls_the_gru_as_a_whole(monkeypatch):
