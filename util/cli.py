@@ -1,4 +1,4 @@
-"""What every script of the project shares: one clear line for bad input, a bar for long work."""
+"""Used by all scripts: one-line errors for bad input, progress bars, whole files or none."""
 
 import contextlib
 import os
@@ -9,15 +9,15 @@ from tqdm import tqdm
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong; the message says what, where, and what to do."""
+    """The user's input is wrong; the message says what is wrong, where, and what to do."""
 
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; bad input ends it with one line on stderr and exit status 1.
 
-    Only `InputError` and the operating system's errors (missing file, full disk) are shortened:
-    anything else is a fault of ours, and its traceback is worth having. A DataLoader worker wraps
-    an error in its own traceback, so only what follows the error's name is printed.
+    Only `InputError` and the operating system's errors (missing file, full disk) are shortened.
+    Any other exception is a bug in this project and keeps its traceback. A DataLoader worker wraps
+    an error in its own traceback, so only the text after the error's name is printed.
     """
     try:
         main()
@@ -31,9 +31,9 @@ def run(main: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, suffix: str = ".part") -> Iterator[str]:
-    """A name to write to beside `path`: renamed to it at the end, removed on an error.
+    """Yield a temporary name beside `path`; rename it to `path` at the end, remove it on an error.
 
-    So the file is there whole or not at all, and an older one stays until then.
+    So `path` never holds half a file, and an older file stays until the new one is complete.
     """
     part = f"{os.fspath(path)}{suffix}"
     try:
@@ -45,12 +45,19 @@ def replacing(path: str | os.PathLike, suffix: str = ".part") -> Iterator[str]:
         raise
 
 
+def choose(table: dict, name: str, flag: str):
+    """The entry `name` of a table of variants. If it is missing, a ValueError lists them."""
+    if name not in table:
+        raise ValueError(f"unknown {flag} {name!r}: expected one of {', '.join(table)}")
+    return table[name]
+
+
 def say(line: str) -> None:
-    """Print a line at once, above a running bar."""
+    """Print a line immediately, above a running progress bar."""
     tqdm.write(line)
     sys.stdout.flush()
 
 
 def progress(items, desc: str, total: int | None = None):
-    """A tqdm bar over `items` that leaves no trace, and is silent when stderr is not a terminal."""
+    """A tqdm bar over `items`; it vanishes at the end, and is off if stderr is not a terminal."""
     return tqdm(items, desc=desc, total=total, leave=False, disable=not sys.stderr.isatty())

@@ -1,8 +1,8 @@
 """One run on several processes: `torchrun --nproc_per_node=N train.py ...`.
 
-Every process holds the model and encodes its share of each batch; what a score needs of the others'
-shares is gathered with its gradient, so that loss and gradient are those of one process with the
-whole batch. Started plainly, each function here does nothing.
+Each process holds the model and encodes its share of each batch. The processes gather the encodings
+that a score needs from each other, with their gradients. So the loss and the gradient are those of
+one process with the whole batch. Without torchrun, the functions here do nothing.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-# DistributedDataParallel imports this module, whose functions' default arguments hold for good the
-# group that there is at the time: so import it before there is one.
+# The default arguments of this module's functions keep the process group that exists when it is
+# imported. DistributedDataParallel would import it when a group exists; here none exists yet.
 import torch.distributed.nn  # noqa: F401
 from torch import Tensor
 
@@ -24,17 +24,17 @@ from util.cli import InputError
 
 
 def rank() -> int:
-    """The number of this process; 0 writes and speaks."""
+    """The number of this process; only process 0 prints and writes files."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
-    """How many processes there are."""
+def world_size() -> int:
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def let_go(error: BaseException) -> None:
-    """Drop the local variables of the frames that an exception, and all behind it, keep."""
+def clear_frames(error: BaseException) -> None:
+    """Drop the local variables that the frames of an exception and of its causes keep alive."""
     errors = [error]
     for one in errors:
         traceback.clear_frames(one.__traceback__)
@@ -43,23 +43,23 @@ def let_go(error: BaseException) -> None:
 
 
 @contextlib.contextmanager
-def joined(device: torch.device) -> Iterator[None]:
-    """Join the other processes if torchrun started this one, whose device it is.
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the other processes if torchrun started this one; `device` is this process's device.
 
-    Gathers go through NCCL on GPUs, one a process, and through gloo on CPUs. Only process 0 prints.
-    A process that ends early makes the others end with an InputError. What was made inside must be
-    gone at the end, an exception's frames too: a group that something still holds can abort the
-    process as it exits, or hang it, when gloo's threads wait for Python's lock to let go of the
+    Gathers use NCCL on GPUs, one GPU per process, and gloo on CPUs. Only process 0 prints. If a
+    process ends early, the others end with an InputError. All objects made within this context must
+    be freed at its end, also those in the frames of an exception. If something still refers to the
+    group, the process can abort or hang at exit: gloo's threads wait for Python's lock to free the
     last tensors.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # not torchrun
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun did not start it
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # Counts and lengths stay on the host, so gloo serves beside NCCL.
+    # Counts and lengths stay on the host, so NCCL alone is not enough.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    agreed = False  # do all processes end here?
+    agreed = False  # whether all processes end here
     with contextlib.ExitStack() as stack:
         if rank() > 0:
             quiet = stack.enter_context(open(os.devnull, "w"))
@@ -71,48 +71,49 @@ def joined(device: torch.device) -> Iterator[None]:
             agreed = isinstance(error, SystemExit)
             lost = isinstance(error, RuntimeError) and "gloo" in str(error)
             lost |= isinstance(error, dist.DistError)
-            if lost:  # torchrun ends the processes that are left; this one says why first.
+            if lost:  # torchrun ends the remaining processes; this one first prints the reason
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            let_go(error)
+            clear_frames(error)
             if lost:
                 raise InputError(
-                    f"process {rank()} of {world()}: lost another process of the run; why stands "
-                    "near this line, or as an exit code in torchrun's report below; checkpoints "
-                    "already written, if any, are whole: go on from the newest with --resume "
+                    f"process {rank()} of {world_size()}: lost another process of the run; the "
+                    "reason stands near this line, or as an exit code in torchrun's report below; "
+                    "checkpoints already written are whole: go on from the newest with --resume "
                     f"({str(error).splitlines()[0]})"
                 ) from error
             raise
         finally:
             gc.collect()
-            # Left standing, gloo can abort the process; NCCL would wait for processes in trouble.
+            # A gloo group that is left can abort the process. Destroying an NCCL group would wait
+            # for processes that have failed.
             if agreed or device.type == "cpu":
                 dist.destroy_process_group()
 
 
 def barrier() -> None:
     """Wait for all processes."""
-    if world() > 1:
+    if world_size() > 1:
         dist.barrier()
 
 
 def any_of(flag: bool) -> bool:
-    """Whether the flag is set on any process: what all of them then act on at one place."""
-    if world() == 1:
+    """Whether the flag is set on any process, so that all processes act at the same point."""
+    if world_size() == 1:
         return flag
     flags = torch.tensor([int(flag)])
     dist.all_reduce(flags, dist.ReduceOp.MAX)
     return bool(flags)
 
 
-def add_up(x: Tensor) -> Tensor:
-    """Sum of a tensor over the processes, in place."""
-    if world() > 1:
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sum a tensor over the processes, in place."""
+    if world_size() > 1:
         dist.all_reduce(x)
     return x
 
 
-class Gather(torch.autograd.Function):
-    """Rows of all processes; the gradient goes back to where each row came from."""
+class GatherRows(torch.autograd.Function):
+    """Rows of all processes; the gradient of each row goes back to its process."""
 
     @staticmethod
     def forward(ctx, x, shapes, sum_gradients):
@@ -129,18 +130,19 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         if ctx.sum_gradients:
-            grad = add_up(grad.clone(memory_format=torch.contiguous_format))
+            grad = all_reduce_sum(grad.clone(memory_format=torch.contiguous_format))
         return grad[ctx.own], None, None
 
 
-def gather(x: Tensor, sum_gradients: bool = True) -> Tensor:
-    """Rows (b, ...) of all processes in their order, (B, ...); b may differ among them.
+def gather_rows(x: Tensor, sum_gradients: bool = True) -> Tensor:
+    """Gather the rows (b, ...) of all processes, in their order, to (B, ...).
 
-    Further dimensions may differ too: they are padded with zeros. `sum_gradients`: each process
-    computes its own part of the loss from the rows; without it all compute the same loss.
+    b may differ between processes. The other sizes may differ too: they are padded with zeros. With
+    `sum_gradients`, each process computes its own part of the loss from the rows; without it, all
+    compute the same loss.
     """
-    if world() == 1:
+    if world_size() == 1:
         return x
-    shapes = [torch.empty(x.dim(), dtype=torch.long) for _ in range(world())]
+    shapes = [torch.empty(x.dim(), dtype=torch.long) for _ in range(world_size())]
     dist.all_gather(shapes, torch.tensor(x.shape))
-    return Gather.apply(x, [shape.tolist() for shape in shapes], sum_gradients)
+    return GatherRows.apply(x, [shape.tolist() for shape in shapes], sum_gradients)

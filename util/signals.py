@@ -1,0 +1,53 @@
+"""Handle Ctrl-C and SIGTERM during a long run."""
+
+import signal
+
+from util import distributed
+
+
+class Stop(BaseException):
+    """Raised between two steps after Ctrl-C or SIGTERM."""
+
+
+class StopSignal:
+    """Turns SIGINT and SIGTERM into a Stop at the next `check`, or immediately within `with`.
+
+    An optimizer step must not be interrupted. A validation changes nothing, so it may stop
+    anywhere: it runs within `with`, and a `check` follows it. Several processes all stop at the
+    same check. Python itself handles a second signal; several processes ignore it, because torchrun
+    sends Ctrl-C again.
+    """
+
+    def __init__(self):
+        self.received: int | None = None
+        self.at_once = False
+        self.before = {
+            number: signal.signal(number, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+
+    def _handle(self, number, frame):
+        if distributed.world_size() > 1:
+            for either in self.before:
+                signal.signal(either, signal.SIG_IGN)
+        else:
+            signal.signal(number, signal.default_int_handler)
+        self.received = number
+        print(f"\n{signal.Signals(number).name}: stopping after this step ...", flush=True)
+        if self.at_once:
+            raise Stop
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def check(self) -> None:
+        self.at_once = False
+        if distributed.any_of(self.received is not None):
+            raise Stop
+
+    def __enter__(self):
+        self.at_once = True
+
+    def __exit__(self, *_):
+        self.at_once = False
