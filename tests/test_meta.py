@@ -1,7 +1,7 @@
 """Every tensor of a step on the `meta` device: a stray CPU tensor or a needless .item() fails.
 
-It stands in for a GPU where there is none. What is read on the host on purpose stays there: the
-captions' lengths.
+It replaces a GPU where there is none. The lengths of the captions are read on the host on purpose
+and stay there.
 """
 
 import pytest
@@ -9,13 +9,14 @@ import torch
 from torch.fx.experimental import _config
 
 import gsmn
+from attention import CrossAttention
 from bert import EncoderTextBert
 from chan import CHAN, CODING, POOLING, InfoNCELoss
 from gsmn import GSMN
-from model import AGG_FUNC, RAW_FEATURE_NORM, SCAN, ContrastiveLoss, score_some
+from model import AGG_FUNC, RAW_FEATURE_NORM, SCAN, ContrastiveLoss
 from pfan import PFAN, PFANWhole
 
-INSIDE = {"inside": torch.empty(6, 5, dtype=torch.bool, device="meta")}
+REGION_MASK = {"region_mask": torch.empty(6, 5, dtype=torch.bool, device="meta")}
 
 
 def batch(n: int = 6) -> dict[str, torch.Tensor]:
@@ -28,13 +29,13 @@ def batch(n: int = 6) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def all_nonzero():
-    """Let nonzero() on meta take every element for one."""
+    """Let nonzero() on the meta device treat every element as nonzero."""
     with _config.patch(meta_nonzero_assume_all_nonzero=True):
         yield
 
 
 @pytest.mark.parametrize("direction", ["t2i", "i2t"])
-@pytest.mark.parametrize("dropped", [{}, INSIDE])
+@pytest.mark.parametrize("dropped", [{}, REGION_MASK])
 @pytest.mark.parametrize(
     ("norm", "agg"),
     [(norm, "LogSumExp") for norm in RAW_FEATURE_NORM] + [("l2norm", agg) for agg in AGG_FUNC],
@@ -80,7 +81,7 @@ def test_a_step_of_pfan_stays_on_its_device(kind, more, direction, all_nonzero):
 def test_a_step_of_chan_stays_on_its_device(coding, pooling, kind, all_nonzero):
     with torch.device("meta"):
         model = CHAN(20, 12, 8, 16, precomp_enc_type=kind, coding_type=coding, pooling_type=pooling)
-    images, captions = model(batch() | (INSIDE if kind == "basic" else {}))
+    images, captions = model(batch() | (REGION_MASK if kind == "basic" else {}))
     scores = model.similarity(images, captions)
     assert scores.device.type == "meta" and scores.shape == (6, 6)
     for criterion in (ContrastiveLoss(0.05, True), InfoNCELoss(0.01, 0.05)):
@@ -104,7 +105,7 @@ def test_a_step_with_bert_stays_on_its_device(all_nonzero):
 
 @pytest.mark.parametrize("is_sparse", [False, True])
 @pytest.mark.parametrize("neighbours", [False, True])
-@pytest.mark.parametrize("dropped", [{}, INSIDE])
+@pytest.mark.parametrize("dropped", [{}, REGION_MASK])
 def test_a_step_of_gsmn_stays_on_its_device(is_sparse, neighbours, dropped, all_nonzero):
     with torch.device("meta"):
         model = GSMN(
@@ -117,14 +118,15 @@ def test_a_step_of_gsmn_stays_on_its_device(is_sparse, neighbours, dropped, all_
     ContrastiveLoss(0.2)(scores).backward()
     for p in model.parameters():
         assert not p.requires_grad or p.grad.device.type == "meta" and p.grad.shape == p.shape
-    one = tuple(torch.empty(6, *x, device="meta") for x in ((5, 32), (5, 32), (5, 4)))
-    edges = torch.empty(6, *((8, 5, 5) if neighbours else (5, 8)), device="meta")
+    shapes = {"regions": (5, 32), "keys": (5, 32), "norms": (5, 4)}
+    shapes["edges"] = (8, 5, 5) if neighbours else (5, 8)
+    images = {name: torch.empty(6, *shape, device="meta") for name, shape in shapes.items()}
     words = torch.empty(6, 4, 32, device="meta", requires_grad=True)
     weights = *model.textual_graph.weights(), *model.visual_graph.weights()
-    captions = (words,)
+    captions = {"words": words}
     if is_sparse or neighbours:
-        captions += (torch.empty(6, *((4, 7) if neighbours else (4,)), device="meta"),)
-    scores = gsmn.score_some((*one, edges), captions, True, *weights, how=model.how)
+        captions["edges"] = torch.empty(6, *((4, 7) if neighbours else (4,)), device="meta")
+    scores = gsmn.GraphMatching(model.config).pairs(images, captions, *weights)
     assert scores.device.type == "meta" and scores.shape == (6,)
     scores.sum().backward()
     assert words.grad.shape == words.shape
@@ -135,11 +137,13 @@ def test_pairs_stay_on_their_device(direction, all_nonzero):
     regions = torch.empty(9, 5, 16, device="meta", requires_grad=True)
     words = torch.empty(9, 4, 16, device="meta", requires_grad=True)
     with torch.device("meta"):
-        how = SCAN(20, 12, 8, 16, cross_attn=direction).how
-    images, captions = (regions, regions.norm(dim=2)), (words,)
-    if how.words_query:
-        images, captions = (regions, regions @ regions.mT), (words, words.norm(dim=2))
-    scores = score_some(images, captions, True, how)
+        config = SCAN(20, 12, 8, 16, cross_attn=direction).config
+    images, captions = {"regions": regions}, {"words": words}
+    if direction == "t2i":
+        images["gram"], captions["norms"] = regions @ regions.mT, words.norm(dim=2)
+    else:
+        images["norms"] = regions.norm(dim=2)
+    scores = CrossAttention(config).pairs(images, captions)
     assert scores.device.type == "meta" and scores.shape == (9,)
     scores.sum().backward()
     assert regions.grad.shape == regions.shape and words.grad.shape == words.shape

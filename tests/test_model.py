@@ -1,25 +1,21 @@
-"""Scores, loss and encoders against plain loops, and what must not change them."""
+"""SCAN's scores and the ranking loss against plain loops, and what must not change them."""
 
 import itertools
 import math
-from functools import partial
 
 import pytest
 import torch
-from torch.nn.utils.rnn import pack_padded_sequence
 
-import model
+import attention
 import pairs
+from attention import CrossAttention
 from model import (
     AGG_FUNC,
     RAW_FEATURE_NORM,
     SCAN,
     ContrastiveLoss,
-    EncoderImage,
-    EncoderText,
     l1norm,
     l2norm,
-    packed_gru,
     xattn_score_i2t,
     xattn_score_t2i,
 )
@@ -60,7 +56,7 @@ def test_score_equals_plain_loop(direction, norm, agg, unit):
 @pytest.mark.parametrize("size", [5, 24])
 @pytest.mark.parametrize("max_violation", [True, False])
 def test_gradient_equals_plain_loop(direction, norm, agg, size, max_violation):
-    """24 pairs with hardest negatives go through the sparse backward, the rest through blocks."""
+    """24 pairs with hardest negatives use the sparse backward pass, the other cases use blocks."""
     images, captions, lengths = make(size, size)
     loop = reference.xattn_score if size == 5 else reference.caption_loop
     grads = []
@@ -76,7 +72,7 @@ def test_gradient_equals_plain_loop(direction, norm, agg, size, max_violation):
 @pytest.mark.parametrize(("direction", "norm", "agg"), VARIANTS)
 @pytest.mark.parametrize("size", [1, 30])
 def test_sharp_attention_does_not_overflow(direction, norm, agg, size):
-    """Large temperatures, large dots, and a word that is opposed to every region."""
+    """The temperatures and dots are large, and one word is opposed to every region."""
     images, captions, lengths = make(4, 5)
     captions[1, 0] = -l2norm(images.sum((0, 1)), -1)
     lengths[1] = 1
@@ -92,18 +88,19 @@ def test_sharp_attention_does_not_overflow(direction, norm, agg, size):
 @pytest.mark.parametrize("direction", SCORE)
 @pytest.mark.parametrize("max_violation", [True, False])
 def test_sparse_backward_visits_few_pairs(direction, max_violation, monkeypatch):
-    """With hardest negatives the graph is built for at most 3 B pairs, else for all, in blocks."""
+    """With hardest negatives the graph has at most 3 B pairs, otherwise all pairs, in blocks."""
     images, captions, lengths = make(16, 16)
     images.requires_grad_()
     seen = []
-    some = model.score_some
+    for layout in ("pairs", "block"):
+        score = getattr(CrossAttention, layout)
 
-    def counted(*args, how):
-        scores = some(*args, how=how)
-        seen.append(scores.numel())
-        return scores
+        def counted(*args, score=score):
+            scores = score(*args)
+            seen.append(scores.numel())
+            return scores
 
-    monkeypatch.setattr(model, "score_some", counted)
+        monkeypatch.setattr(CrossAttention, layout, counted)
     monkeypatch.setattr(pairs, "block_size", lambda device: 500)
     scores = SCORE[direction](images, captions, lengths)
     ContrastiveLoss(5.0, max_violation)(scores).backward()
@@ -118,7 +115,7 @@ def test_block_size_does_not_matter(direction, max_violation, block, monkeypatch
     images, captions, lengths = make(7, 7)
     results = []
     for size in (2**22, block):
-        for module in (model, pairs):
+        for module in (attention, pairs):
             monkeypatch.setattr(module, "block_size", lambda device, size=size: size)
         leaves = [x.clone().requires_grad_() for x in (images, captions)]
         scores = SCORE[direction](*leaves, lengths)
@@ -129,23 +126,27 @@ def test_block_size_does_not_matter(direction, max_violation, block, monkeypatch
 
 
 def test_sparse_backward_serves_a_score_with_weights():
-    """Any score: here with a weight of its own, integers beside the words, and two an image."""
+    """It serves any score: this one has a weight, integers per word, and two tensors per image."""
 
-    def some(images, captions, paired, weight):
-        (a, b), (words, bias) = images, captions
-        rows = (words.sum(1) @ weight + bias.sum(1)[:, None]).tanh()  # (n, D)
-        scores = (rows[:, None] * (a * b)[None]).sum(2)  # (n, i)
-        return scores.diagonal() if paired else scores
+    class Score(pairs.PairScore):
+        def block(self, images, captions, weight):
+            rows = captions["words"].sum(1) @ weight  # (n, D)
+            rows = (rows + captions["bias"].sum(1)[:, None]).tanh()  # (n, D)
+            products = (images["regions"] * images["other"]).sum(1)  # (i, D)
+            return rows @ products.mT  # (n, i)
+
+        def pairs(self, images, captions, weight):
+            return self.block(images, captions, weight).diagonal()  # (p,)
 
     def every(images, captions, lengths, weight):
         parts = []
-        for words, bias, length in zip(*captions, lengths, strict=True):
-            some_captions = words[None, :length], bias[None, :length]
-            parts.append(some(images, some_captions, False, weight))
+        for k, length in enumerate(lengths):
+            caption = {name: x[k : k + 1, :length] for name, x in captions.items()}
+            parts.append(Score().block(images, caption, weight))
         return torch.cat(parts).mT
 
     g = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(6, 3, generator=g, dtype=torch.float64) for _ in range(2))
+    a, b = (torch.randn(6, 2, 3, generator=g, dtype=torch.float64) for _ in range(2))
     words = torch.randn(6, 4, 3, generator=g, dtype=torch.float64)
     bias = torch.randint(3, (6, 4), generator=g)
     weight = torch.randn(3, 3, generator=g, dtype=torch.float64)
@@ -155,33 +156,16 @@ def test_sparse_backward_serves_a_score_with_weights():
         for sparse in (True, False):
             leaves = [x.detach().clone().requires_grad_() for x in (a, b, words, weight)]
             weight = leaves[3]
-            images, captions = tuple(leaves[:2]), (leaves[2], bias)
+            images = {"regions": leaves[0], "other": leaves[1]}
+            captions = {"words": leaves[2], "bias": bias}
             if sparse:
-                scores = pairs.pair_scores(every, some, images, captions, lengths, (weight,))
+                scores = pairs.pair_scores(Score(), images, captions, lengths, (weight,))
             else:
                 scores = every(images, captions, lengths, weight)
             ContrastiveLoss(0.5, max_violation)(scores).backward()
             results.append([scores.detach(), *(leaf.grad for leaf in leaves)])
         for got, want in zip(*results, strict=True):
             torch.testing.assert_close(got, want)
-
-
-@pytest.mark.parametrize("direction", SCORE)
-def test_compiled_scores_are_the_same(direction, monkeypatch):
-    """The compiler traces what --compile hands to it; its back end needs a C++ compiler."""
-    images, captions, lengths = make(7, 7)
-    results = []
-    for compiled in (False, True):
-        if compiled:
-            monkeypatch.setattr(model, "attend", model.attend)  # to be restored
-            monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-            model.compile_scores()
-        leaves = [x.clone().requires_grad_() for x in (images, captions)]
-        scores = SCORE[direction](*leaves, lengths)
-        ContrastiveLoss(0.2, True)(scores).backward()
-        results.append([scores, *(leaf.grad for leaf in leaves)])
-    for want, got in zip(*results, strict=True):
-        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("direction", SCORE)
@@ -208,7 +192,7 @@ def test_float32_is_close_to_float64(direction, norm, agg):
 
 @pytest.mark.parametrize(("direction", "norm", "agg"), VARIANTS)
 def test_degenerate_vectors_have_finite_scores_and_gradients(direction, norm, agg):
-    """All-zero regions and words, opposite regions whose attended vector vanishes, one word."""
+    """Regions and words are zero, or regions are opposite, so that attended vectors vanish."""
     images, captions, lengths = make(3, 3, dtype=torch.float32)
     images[0] = 0
     images[1, 1:] = 0
@@ -226,9 +210,9 @@ def test_degenerate_vectors_have_finite_scores_and_gradients(direction, norm, ag
 @pytest.mark.parametrize(("direction", "norm", "agg"), VARIANTS)
 @pytest.mark.parametrize(("scale", "bound"), [(4.0, 1e4), (20.0, 1e8)])
 def test_empty_rows_do_not_outweigh_the_others(direction, norm, agg, scale, bound):
-    """Zero regions, words and images, not normalised: their gradient does not stop training.
+    """The gradients of zero regions, words and images that are not normalised stay bounded.
 
-    Attention e^-20 to all but an empty row makes that row's own gradient large in truth.
+    If all rows except an empty one get attention e^-20, the gradient of the empty row is large.
     """
     images, captions, lengths = make(8, 8, dtype=torch.float32)
     images[0] = 0
@@ -242,7 +226,7 @@ def test_empty_rows_do_not_outweigh_the_others(direction, norm, agg, scale, boun
 
 @pytest.mark.parametrize(("direction", "norm", "agg"), VARIANTS)
 def test_nearly_vanishing_attended_vectors(direction, norm, agg):
-    """Opposite rows cancel: cosines stay in [-1, 1], gradients sane, digits as far as they go."""
+    """Opposite rows cancel: cosines stay in [-1, 1], gradients stay small, digits stay right."""
     g = torch.Generator().manual_seed(1)
     v = torch.randn(2, 9, 64, generator=g, dtype=torch.float64)
     w = torch.randn(2, 4, 64, generator=g, dtype=torch.float64)
@@ -295,7 +279,7 @@ def test_loss_equals_plain_loop(max_violation, size):
 
 
 def test_loss_counts_each_direction_once():
-    scores = torch.tensor([[1.0, 0.9], [0.0, 1.0]])  # one caption too near an image, and back
+    scores = torch.tensor([[1.0, 0.9], [0.0, 1.0]])  # too near in both directions
     assert ContrastiveLoss(0.2, True)(scores).item() == pytest.approx(0.1 + 0.1)
     scores = torch.tensor([[1.0, 0.9], [0.0, 2.0]])  # too near for image 0 only
     assert ContrastiveLoss(0.2, True)(scores).item() == pytest.approx(0.1)
@@ -316,7 +300,7 @@ def test_captions_of_one_image_need_not_be_negatives(max_violation):
 
 
 def test_tied_negatives_share_no_gradient():
-    """Of tied hardest negatives one carries the gradient, as in the published code."""
+    """Only one of the tied hardest negatives gets the gradient, as in the published code."""
     scores = torch.tensor([[0.0, 0.5, 0.5], [-9, 0, -9], [-9, -9, 0.0]], requires_grad=True)
     ContrastiveLoss(0.2, True)(scores).backward()
     assert sorted(scores.grad[0, 1:].tolist()) in ([1.0, 2.0],)
@@ -335,105 +319,3 @@ def test_one_image_batch_trains():
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in net.parameters())
-
-
-def test_zero_region_trains():
-    """A region of zeros with a zero bias must not poison the step."""
-    encoder = EncoderImage(6, 8)
-    images = torch.randn(2, 3, 6)
-    images[0, 0] = 0
-    regions = encoder(images)
-    assert regions[0, 0].abs().max() == 0
-    regions[0, 1:].sum().backward()
-    reach = encoder.fc.bias.grad.norm()
-    encoder.zero_grad()
-    encoder(images)[0].sum().backward()
-    torch.testing.assert_close(encoder.fc.bias.grad.norm(), reach)
-
-
-@pytest.mark.parametrize("bi_gru", [True, False])
-@pytest.mark.parametrize("layers", [1, 2])
-def test_text_encoder_ignores_padding_and_batch(bi_gru, layers):
-    encoder = EncoderText(30, 4, 8, layers, bi_gru)
-    captions = torch.randint(4, 30, (3, 7))
-    lengths = torch.tensor([4, 7, 2])
-    words = encoder(captions, lengths)
-    assert words.shape == (3, 7, 8)
-    for caption, length, got in zip(captions, lengths, words, strict=True):
-        alone = encoder(caption[None, :length], length[None])[0]
-        torch.testing.assert_close(got[:length], alone)
-        assert (got[length:] == 0).all()
-    torch.testing.assert_close(words[0, :4].norm(dim=1), torch.ones(4))
-    ahead = encoder.rnn(encoder.embed(captions[1:2]))[0]
-    if bi_gru:
-        ahead = (ahead[..., :8] + ahead[..., 8:]) / 2
-    torch.testing.assert_close(words[1:2], l2norm(ahead, -1))
-
-
-@pytest.mark.parametrize("bi_gru", [True, False])
-@pytest.mark.parametrize("layers", [1, 3])
-def test_packed_gru_is_the_librarys(bi_gru, layers):
-    rnn = torch.nn.GRU(4, 6, layers, batch_first=True, bidirectional=bi_gru).double()
-    results = []
-    for run in (lambda packed: rnn(packed)[0].data, partial(packed_gru, rnn)):
-        x = torch.linspace(-1, 1, 5 * 7 * 4).sin().double().view(5, 7, 4).requires_grad_()
-        out = run(pack_padded_sequence(x, torch.tensor([7, 5, 5, 2, 1]), batch_first=True))
-        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
-        results.append([out, x.grad, *(p.grad for p in rnn.parameters())])
-        rnn.zero_grad()
-    for want, got in zip(*results, strict=True):
-        assert want.abs().max() > 0
-        torch.testing.assert_close(got, want)
-
-
-def test_no_norm_flags():
-    plain = SCAN(20, img_dim=6, word_dim=4, embed_size=8, no_imgnorm=True, no_txtnorm=True)
-    batch = {"images": torch.randn(2, 3, 6), "captions": torch.ones(2, 3).long()}
-    batch["lengths"] = torch.tensor([3, 2])
-    regions = plain.encode_images(batch)["regions"]
-    torch.testing.assert_close(regions, plain.img_enc.fc(batch["images"]))
-    assert not torch.allclose(plain.encode_captions(batch)["words"][0].norm(dim=1), torch.ones(3))
-
-
-def test_weight_norm_is_one_scalar_over_the_matrix():
-    fc = EncoderImage(6, 8, "weight_norm").fc
-    assert set(dict(fc.named_parameters())) == {"weight_g", "weight_v", "bias"}
-    assert fc.weight_g.shape == ()
-    x = torch.randn(3, 6)
-    want = x @ (fc.weight_g * fc.weight_v / fc.weight_v.norm()).T + fc.bias
-    torch.testing.assert_close(fc(x), want)
-    with torch.no_grad():
-        fc.weight_v *= 7
-    torch.testing.assert_close(fc(x), want)
-
-
-def test_initialisation():
-    encoder = EncoderImage(300, 200)
-    bound = (6 / 500) ** 0.5
-    assert encoder.fc.bias.abs().max() == 0
-    assert 0.95 * bound < encoder.fc.weight.abs().max() <= bound
-    text = EncoderText(500, 40, 8)
-    assert 0.099 < text.embed.weight.abs().max() <= 0.1
-
-
-def test_float16_features_are_read():
-    encoder = EncoderImage(6, 8)
-    images = torch.randn(2, 3, 6).half()
-    torch.testing.assert_close(encoder(images), encoder(images.float()))
-
-
-def test_amp_keeps_scores_in_float32():
-    net = SCAN(20, img_dim=16, word_dim=8, embed_size=32, bi_gru=True)
-    batch = {
-        "images": torch.randn(4, 5, 16),
-        "captions": torch.randint(4, 20, (4, 6)),
-        "lengths": torch.tensor([6, 5, 4, 3]),
-    }
-    with torch.autocast("cpu", torch.bfloat16):
-        images, captions = net.encode_images(batch), net.encode_captions(batch)
-    scores = net.similarity(images, captions)
-    assert images["regions"].dtype == captions["words"].dtype == scores.dtype == torch.float32
-    want = net.similarity(net.encode_images(batch), net.encode_captions(batch))
-    torch.testing.assert_close(scores, want, rtol=0.05, atol=0.05)
-    ContrastiveLoss(0.2)(scores).backward()
-    assert all(torch.isfinite(p.grad).all() for p in net.parameters())
