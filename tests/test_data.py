@@ -1,4 +1,4 @@
-"""Layouts, both storage conventions, order, and every complaint about the files."""
+"""Layouts, both storage conventions, order, and every error message about the files."""
 
 import itertools
 import os
@@ -46,7 +46,7 @@ def test_both_storage_conventions(tmp_path, words, k, repeated):
 
 
 def test_equal_first_photos_are_not_repeats(tmp_path, words):
-    """One caption an image, and the first two photos happen to be the same."""
+    """There is one caption per image, and the first two photos happen to be the same."""
     write_split(tmp_path, "test", 6, k=1)
     rows = np.load(tmp_path / "test_ims.npy")
     rows[1] = rows[0]
@@ -205,7 +205,7 @@ def test_loader_honours_workers_and_leaves_the_random_state(tmp_path, words, wor
 
 
 def test_features_larger_than_memory(tmp_path):
-    """Twice the machine's memory in a sparse file, and a run that may hold 4 GB."""
+    """A sparse file has twice the memory of the machine, and a run may hold 4 GB."""
     folder = tmp_path / "data" / "tiny_precomp"
     folder.mkdir(parents=True)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -214,7 +214,7 @@ def test_features_larger_than_memory(tmp_path):
     head = {"descr": "<f4", "fortran_order": False, "shape": (n, regions, dim)}
     with open(folder / "train_ims.npy", "wb") as file:
         np.lib.format.write_array_header_1_0(file, head)
-        file.write(np.ones(dim, np.float32).tobytes())  # the first image is not the second
+        file.write(np.ones(dim, np.float32).tobytes())  # the first image differs from the second
         file.truncate(file.tell() + 4 * dim * (n * regions - 1))
     assert os.path.getsize(folder / "train_ims.npy") > 1.99 * memory
     np.save(folder / "dev_ims.npy", np.ones((2, regions, dim), np.float32))
