@@ -1,8 +1,8 @@
-"""BERT for the words of any system, by the transformers library: WordPiece tokens, the encoder.
+"""BERT as the text encoder of any system, from the transformers library.
 
 Devlin et al., BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding,
-NAACL 2019 (arXiv:1810.04805). Letters: C captions, W pieces, H BERT's hidden size, D joint
-dimension.
+NAACL 2019 (arXiv:1810.04805). A piece is a WordPiece token. Shapes: C captions, W pieces, H hidden
+size of BERT, D joint dimension.
 """
 
 import json
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from model import l2norm
 from util.cli import InputError
 
-# What of BERT's configuration a checkpoint keeps: all that decides what it computes.
+PIECES = "bert.embeddings.word_embeddings.weight"  # a key in the weights of a text encoder
+
+# The part of BERT's configuration that a checkpoint keeps: all that its output depends on.
 CONFIG = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("intermediate_size", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob"),
@@ -33,22 +35,23 @@ def library():
         raise InputError(
             "--text_enc_type bert needs the transformers library: pip install transformers"
         ) from None
-    transformers.utils.logging.set_verbosity_error()  # weights of heads that are not read
+    transformers.utils.logging.set_verbosity_error()  # else it reports unused heads
     transformers.utils.logging.disable_progress_bar()
     return transformers
 
 
 def fetch(what: str, path: str, read: Callable, *files: str):
-    """What `read` makes of a folder, or of a name known to the library's hub.
+    """The result of `read` on a folder, or on a name that the library's hub knows (Q37).
 
-    Of the `files`, if any are named, a folder must hold one, and the hub the last.
+    If `files` are given, a folder must hold one of them, and the hub must hold the last one. `what`
+    names the result in errors.
     """
     transformers = library()
     folder = os.path.isdir(path)
     if not folder:
         if path.startswith(("/", ".", "~")) or path.count("/") > 1:
             raise InputError(f"BERT {path}: no such folder")
-        print(f"notice: {path}: no such folder, so it is asked for at huggingface.co")
+        print(f"notice: {path}: no such folder, so it is looked up at huggingface.co")
     try:
         if folder:
             there = [file for file in files if os.path.isfile(os.path.join(path, file))]
@@ -57,8 +60,10 @@ def fetch(what: str, path: str, read: Callable, *files: str):
         elif files:
             transformers.utils.cached_file(path, files[-1])
         return read(path)
-    except Exception as error:  # a damaged or hostile file can fail anywhere in their readers
-        where = "" if folder else ", which is no folder, and its files are not here"
+    except Exception as error:  # a damaged or hostile file can fail anywhere in the library
+        where = (
+            "" if folder else ", which is not a folder, and its files are not in the local cache"
+        )
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
             f"BERT {path}{where}: no {what} could be read ({said[0]}); give --bert_path (to "
@@ -68,28 +73,28 @@ def fetch(what: str, path: str, read: Callable, *files: str):
 
 
 class WordPieces:
-    """BERT's tokens in place of a Vocabulary: encode() gives [CLS], the pieces, [SEP]."""
+    """BERT's tokenizer in place of a Vocabulary: encode() gives [CLS], the pieces, [SEP]."""
 
     unknown, mask, pieces = "[UNK]", "[MASK]", True
 
     def __init__(self, text: str, source: str):
-        """`text` is the tokenizer as the tokenizers library writes it; `source` names it."""
+        """`text` is the tokenizer in the tokenizers library's JSON; `source` names it in errors."""
         library()
         from tokenizers import Tokenizer
 
         try:
             self.tokenizer = Tokenizer.from_str(text)
             model = json.loads(text)["model"]
-        except Exception as error:  # whatever the library's reader finds
+        except Exception as error:  # the library raises errors of many types
             raise InputError(f"{source}: not a tokenizer ({error})") from None
-        # The library adds special tokens that a file lacks, but then cannot use them.
+        # The library adds special tokens that a file lacks, but it cannot use them then.
         special = ["[CLS]", "[SEP]", self.unknown, self.mask]
         if model.get("type") != "WordPiece" or not model["vocab"].keys() >= set(special):
             raise InputError(
                 f"{source}: not BERT's tokens: expected WordPiece, {' '.join(special)} among its "
                 "pieces"
             )
-        # "[MASK]" in a caption is text: published programs split it like any other.
+        # "[MASK]" in a caption is plain text: published programs split it like other text (Q38).
         self.tokenizer.encode_special_tokens = True
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
@@ -97,21 +102,21 @@ class WordPieces:
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "WordPieces":
-        """The tokens of a BERT: a folder with vocab.txt or tokenizer.json, or a name."""
+        """Read the tokenizer of a BERT: a folder with vocab.txt or tokenizer.json, or a name."""
         path = os.fspath(path)
         read = library().BertTokenizerFast.from_pretrained
-        # Without these files the library would make up a tokenizer of five pieces.
+        # Without these files the library would invent a tokenizer of five pieces.
         tokenizer = fetch("tokens", path, read, "tokenizer.json", "vocab.txt")
         return cls(tokenizer.backend_tokenizer.to_str(), path)
 
     def check_rows(self, rows: int, source: str) -> "WordPieces":
-        """Itself, if a BERT with so many rows for pieces can read them."""
+        """Return self; raise InputError if a BERT with `rows` piece embeddings has too few."""
         if len(self) > rows:
             raise InputError(f"{source}: {len(self)} WordPiece tokens, but BERT has {rows} rows")
         if len(self) < rows:
             print(
                 f"warning: {source}: {len(self)} WordPiece tokens, but BERT has {rows} rows for "
-                "them: are they its own?"
+                "them: are they the tokens of this BERT?"
             )
         return self
 
@@ -119,36 +124,36 @@ class WordPieces:
         return max(self.word2idx.values()) + 1
 
     def encode(self, caption: str) -> list[int]:
-        """Ids of a caption's pieces, between [CLS] and [SEP]."""
+        """The ids of a caption's pieces, between [CLS] and [SEP]."""
         return self.tokenizer.encode(caption).ids
 
     def state_dict(self) -> dict:
-        """Plain values, for a checkpoint."""
+        """Plain values that a checkpoint can store."""
         return {"tokenizer_json": self.tokenizer.to_str()}
 
 
 def read_config(path: str) -> dict:
-    """What decides the architecture of the BERT at a path."""
+    """The configuration (the names of CONFIG) of the BERT at a path."""
     kind = library().BertConfig
     raw = fetch("config.json", path, lambda path: kind.get_config_dict(path)[0], "config.json")
     if raw.get("model_type", "bert") != "bert":
         raise InputError(f"BERT {path}: a {raw['model_type']} model, expected bert")
     try:
         config = kind(**{name: raw[name] for name in CONFIG if name in raw})
-    except Exception as error:  # the library checks types with errors of its own
+    except Exception as error:  # the library raises its own errors for types
         raise InputError(f"BERT {path}: config.json: {str(error).splitlines()[0]}") from None
     return {name: getattr(config, name) for name in CONFIG}
 
 
 def pretrained(path: str) -> dict[str, Tensor]:
-    """The weights of the BERT at a path; InputError where some are not there or do not fit."""
+    """The weights of the BERT at a path. Raises InputError if some are missing or do not fit."""
     read = partial(
         library().BertModel.from_pretrained,
         output_loading_info=True,
-        attn_implementation="sdpa",  # not what the file says, which can be code from elsewhere
+        attn_implementation="sdpa",  # not the file's choice, which can be code from elsewhere
     )
     model, report = fetch("weights", path, read)
-    # Only the parts that are read count: files hold heads for pretraining besides.
+    # Only the parts that are used must fit: files also hold heads for pretraining.
     wrong = [f"no {name}" for name in sorted(report["missing_keys"]) if "pooler." not in name]
     wrong += [
         f"unknown {name}"
@@ -166,7 +171,7 @@ def pretrained(path: str) -> dict[str, Tensor]:
 
 
 def infer_config(state: dict[str, Tensor]) -> dict:
-    """What the weights of a text encoder tell of its configuration; see complete_config."""
+    """The part of the configuration that a text encoder's weights show; see complete_config."""
     words = state["bert.embeddings.word_embeddings.weight"]  # (pieces, H)
     layers = [key for key in state if key.endswith("attention.self.query.weight")]
     return {
@@ -180,12 +185,12 @@ def infer_config(state: dict[str, Tensor]) -> dict:
 
 
 def complete_config(known: dict, source: str, path: str) -> dict:
-    """The configuration of a checkpoint's BERT whose weights tell only what is `known`.
+    """The whole configuration of a checkpoint's BERT; its weights show only the part `known`.
 
-    Its heads, activation, layer norm and dropout come from the config.json of the BERT at `source`,
-    a folder or a name. Where a folder has none they are those of bert-base: heads of 64 numbers,
-    GELU, 1e-12, 0.1; that is said. `path` names the checkpoint. Raises InputError if the sizes of
-    config.json are not those of the weights.
+    The heads, activation, layer norm and dropout come from the config.json of the BERT at `source`,
+    a folder or a name. If the folder has no config.json, they are those of bert-base (heads of 64
+    numbers, GELU, 1e-12, 0.1), and a warning says so. `path` names the checkpoint in messages.
+    Raises InputError if the sizes in config.json are not those of the weights.
     """
     if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
         config = library().BertConfig(
@@ -209,18 +214,18 @@ def complete_config(known: dict, source: str, path: str) -> dict:
 
 
 class EncoderTextBert(nn.Module):
-    """Pieces to one vector each: BERT's last hidden states, a linear layer, unit length."""
+    """Encodes each piece as one vector: BERT's last hidden state, a linear layer, unit length."""
 
     def __init__(self, config: dict, embed_size: int, no_txtnorm: bool = False):
         super().__init__()
         transformers = library()
         self.bert = transformers.BertModel(transformers.BertConfig(**config))
-        self.bert.pooler.requires_grad_(False)  # in published checkpoints, and read by nothing
+        self.bert.pooler.requires_grad_(False)  # published checkpoints hold it; nothing uses it
         self.linear = nn.Linear(config["hidden_size"], embed_size)
         self.no_txtnorm = no_txtnorm
 
     def start_from(self, path: str) -> None:
-        """Take the weights of the BERT at a path."""
+        """Load the weights of the BERT at a path."""
         self.bert.load_state_dict(pretrained(path))
 
     def forward(self, captions: Tensor, lengths: Tensor) -> Tensor:
@@ -228,17 +233,17 @@ class EncoderTextBert(nn.Module):
         return self.words_and_sentence(captions, lengths)[0]
 
     def words_and_sentence(self, captions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """The pieces (C, W, D), and the sentence (C, D): [CLS] before it gets unit length."""
+        """The pieces (C, W, D), and the sentence (C, D): the vector of [CLS] before unit length."""
         room = self.bert.config.max_position_embeddings
         if captions.size(1) > room:
             raise InputError(
                 f"a caption of {captions.size(1)} pieces, but this BERT reads {room}; cut it"
             )
         at = torch.arange(captions.size(1))  # (W,)
-        inside = (at < lengths.cpu()[:, None]).to(captions.device, non_blocking=True)  # (C, W)
-        # With four axes the library takes the mask as it is; else it would look at its values on
-        # the host.
-        mask = inside[:, None, None].expand(-1, 1, len(at), -1)  # (C, 1, W, W)
+        word_mask = (at < lengths.cpu()[:, None]).to(captions.device, non_blocking=True)  # (C, W)
+        # The library takes a mask with four axes as it is. It would read the values of any other
+        # mask on the host.
+        mask = word_mask[:, None, None].expand(-1, 1, len(at), -1)  # (C, 1, W, W)
         hidden = self.bert(captions, attention_mask=mask).last_hidden_state  # (C, W, H)
-        x = self.linear(hidden).float().masked_fill(~inside[..., None], 0)  # (C, W, D)
+        x = self.linear(hidden).float().masked_fill(~word_mask[..., None], 0)  # (C, W, D)
         return (x if self.no_txtnorm else l2norm(x, dim=-1)), x[:, 0]

@@ -1,39 +1,41 @@
-"""CHAN: each word goes to the one region that fits it best, and what is left is pooled.
+"""CHAN: each word goes to the region that fits it best, and the cosines that are left are pooled.
 
 Pan et al., Fine-Grained Image-Text Matching by Cross-Modal Hard Aligning Network, CVPR 2023.
-Letters: I images, C captions, R regions, W words, D joint dimension; in a score i images and n
-captions, or p pairs; K what is pooled (words or regions).
+Shapes: I images, C captions, R regions, W words, D joint dimension; in a score i images and n
+captions, or p pairs (the two layouts of attention.py); K numbers that are pooled (words or
+regions).
 
-Regions and words have unit length, so their dots s are cosines. Coding leaves a number a row: hard
-assignment takes the best region of each word (VHA) or the best word of each region (THA); soft
-assignment compares each region with a mean of the words, weights softmax of s / alpha (VSA).
-Pooling makes one score of the rows. Names of parts and weights are those of the published code.
+Regions and words have unit length, so their dots s are cosines. Coding leaves one number per word
+or per region: hard assignment takes the best region of each word (VHA) or the best word of each
+region (THA); soft assignment compares each region with a mean of the words, whose weights are the
+softmax of s / alpha (VSA). Pooling makes one score of these numbers. The parts and the weights have
+the names of the published code.
 """
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from model import (
-    EPS,
-    Encoders,
-    EncoderText,
-    choose,
-    l2norm,
-    restore_faint,
-    without_dropped,
-)
-from pairs import blocks, pair_scores
+from attention import WORDS, restore_i2t
+from losses import InfoNCELoss, make_criterion  # noqa: F401  (people import the first from here)
+from model import Encoders, EncoderText, without_dropped
+from pairs import Encoding, PairScore, block_dots, pair_dots, pair_scores
+from system import System, encoder_options
+from util.arguments import POSITIVE
+from util.cli import choose
+from util.norms import EPS, l2norm
+from vocab import UNICODE
 
 HEADS = 8
+UNUSED = ("embedding_warmup_epochs", int, 2), ("input_scale_factor", float, 1.0)
 
 
-class Coding(NamedTuple):
-    """What decides a score; see options.py for the names."""
+class CodingConfig(NamedTuple):
+    """The options of a score; `add_options` below explains them."""
 
     coding_type: str = "VHACoding"
     pooling_type: str = "LSEPooling"
@@ -42,46 +44,40 @@ class Coding(NamedTuple):
 
 
 def visual_hard(s: Tensor, words: Tensor, regions: Tensor, alpha: float) -> Tensor:
-    """Of each word the region that fits best: (n, i, W)."""
-    return s.max(-1).values.movedim(1, -1)  # (n, i, W)
+    """For each word the region that fits it best: (n, i, W)."""
+    return s.max(-1).values.movedim(WORDS, -1)  # (n, i, W)
 
 
 def textual_hard(s: Tensor, words: Tensor, regions: Tensor, alpha: float) -> Tensor:
-    """Of each region the word that fits best: (n, i, R)."""
-    return s.max(1).values  # (n, i, R)
+    """For each region the word that fits it best: (n, i, R)."""
+    return s.max(WORDS).values  # (n, i, R)
 
 
 def visual_soft(s: Tensor, words: Tensor, regions: Tensor, alpha: float) -> Tensor:
     """Each region v with c = sum_w a_w word_w, a = softmax_w(s / alpha): v.c / (|c| + 1e-8).
 
-    c is not built: v.c = sum_w a_w s_w, and |c|^2 = a' G a, G the dots among the words.
+    c is not built: v.c = sum_w a_w s_w, and |c|^2 = a' G a, where G holds the dots among the words.
     """
 
     def over_length(dot: Tensor, square: Tensor, region_length: Tensor | None) -> Tensor:
         return dot / (square.clamp_min(EPS**2).sqrt() + EPS)
 
-    a = (s / alpha).softmax(1)  # (n, W, i, R)
+    a = (s / alpha).softmax(WORDS)  # (n, W, i, R)
     gram = words @ words.mT  # (n, W, W)
-    square = ((gram @ a.flatten(2)).view(s.shape) * a).sum(1)  # (n, i, R)
-    x = over_length((s * a).sum(1), square, None)  # (n, i, R)
-
-    def gather(n: Tensor, *at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        image, r = (n, *at)[-2:]  # of pairs, their row is both
-        return a.movedim(1, -1)[n, *at], regions[image, r], words[n]
-
-    bound = gram.diagonal(dim1=1, dim2=2).amax(1).view(-1, *[1] * (x.dim() - 1))  # (n, 1, 1)
-    return restore_faint(x, square, bound, gather, over_length)  # (n, i, R)
+    square = ((gram @ a.flatten(2)).view(s.shape) * a).sum(WORDS)  # (n, i, R)
+    x = over_length((s * a).sum(WORDS), square, None)  # (n, i, R)
+    return restore_i2t(x, square, a, words, regions, gram, cosine=over_length)  # (n, i, R)
 
 
-# Dots s (n, W, i, R), or (p, W, R) of pairs, to what is pooled, (n, i, K) or (p, K).
+# From the dots s (n, W, i, R), or (p, W, R) of pairs, to the numbers to pool, (n, i, K) or (p, K).
 CODING: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
     "VHACoding": visual_hard,
     "THACoding": textual_hard,
     "VSACoding": visual_soft,
 }
 
-# What is pooled, x (..., K), to one score; rows that are missing are -inf. LSE lacks the factor
-# belta, as published: the ranks do not change with it, but the margin is in its unit.
+# From the numbers x (..., K) to one score; those of missing regions are -inf. LSE lacks the factor
+# belta, as published (Q23): it does not change the ranks, but the margin is in its unit.
 POOLING: dict[str, Callable[[Tensor, float], Tensor]] = {
     "LSEPooling": lambda x, belta: (x / belta).logsumexp(-1),
     "MeanPooling": lambda x, belta: present(x).sum(-1) / (~x.isneginf()).sum(-1),
@@ -92,86 +88,47 @@ POOLING: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def present(x: Tensor) -> Tensor:
-    """x with 0 for the rows that are missing."""
+    """x with 0 for the regions that are missing.  # Q11"""
     return x.masked_fill(x.isneginf(), 0)  # like x
 
 
 def code_and_pool(
-    s: Tensor, words: Tensor, regions: Tensor, inside: Tensor | None, how: Coding
+    s: Tensor, words: Tensor, regions: Tensor, region_mask: Tensor | None, config: CodingConfig
 ) -> Tensor:
     """Scores (n, i) of dots s (n, W, i, R), or (p,) of dots (p, W, R).
 
-    words (n, W, D) and regions (i, R, D) are what they are the dots of. `inside` (i, R) or (p, R)
-    says which regions there are; None: all.
+    s holds the dots of words (n, W, D) and regions (i, R, D). region_mask (i, R) or (p, R): the
+    regions that are there; None: all.
     """
-    coding = choose(CODING, how.coding_type, "coding_type")
-    pooling = choose(POOLING, how.pooling_type, "pooling_type")
-    if inside is not None and how.coding_type == "VHACoding":  # regions are chosen from
-        mask = inside[:, None] if s.dim() == 3 else inside  # (p, 1, R) or (i, R)
-        x = coding(s.masked_fill(~mask, -torch.inf), words, regions, how.alpha)  # (n, i, K)
-        return pooling(x, how.belta)  # (n, i)
-    x = coding(s, words, regions, how.alpha)  # (n, i, K)
-    if inside is not None:  # regions are pooled
-        x = x.masked_fill(~inside, -torch.inf)  # (n, i, K)
-    return pooling(x, how.belta)  # (n, i)
+    coding = choose(CODING, config.coding_type, "coding_type")
+    pooling = choose(POOLING, config.pooling_type, "pooling_type")
+    if region_mask is not None and config.coding_type == "VHACoding":  # chooses among regions
+        mask = region_mask[:, None] if s.dim() == 3 else region_mask  # (p, 1, R) or (i, R)
+        x = coding(s.masked_fill(~mask, -torch.inf), words, regions, config.alpha)  # (n, i, K)
+        return pooling(x, config.belta)  # (n, i)
+    x = coding(s, words, regions, config.alpha)  # (n, i, K)
+    if region_mask is not None:  # pools over regions
+        x = x.masked_fill(~region_mask, -torch.inf)  # (n, i, K)
+    return pooling(x, config.belta)  # (n, i)
 
 
-def score_some(
-    images: tuple[Tensor, ...], captions: tuple[Tensor], paired: bool, how: Coding
-) -> Tensor:
-    """Scores of captions of one length and some images; see pair_scores.
+class CodingScore(PairScore):
+    """Coding and pooling, as pairs.py calls them. images: 'regions' and, optionally, their mask."""
 
-    Of images: regions (i, R, D) and, if some are missing, which there are (i, R).
-    """
-    (regions, *inside), (words,) = images, captions
-    if paired:
-        s = words @ regions.mT  # (p, W, R)
-    else:
-        s = words.flatten(0, 1) @ regions.flatten(0, 1).mT  # (n W, i R)
-        s = s.view(*words.shape[:2], len(regions), -1)  # (n, W, i, R)
-    return code_and_pool(s, words, regions, inside[0] if inside else None, how)  # (n, i) or (p,)
+    dots_size = 2
 
+    def __init__(self, config: CodingConfig):
+        self.config = config
 
-def score_all(
-    images: tuple[Tensor, ...], captions: tuple[Tensor], cap_lens: Tensor, how: Coding
-) -> Tensor:
-    """Scores (I, C) of all pairs, no graph kept."""
-    regions, words = images[0], captions[0]
-    scores = regions.new_empty(len(regions), len(words))  # (I, C)
-    for length, caption, image in blocks(cap_lens, regions, 2, 64):
-        some = tuple(x[image] for x in images), (words[caption, :length],)
-        part = score_some(*some, False, how)  # (n, i)
-        scores[image, caption] = part.mT
-    return scores
+    def block(self, images: Encoding, captions: Encoding) -> Tensor:
+        words, regions = captions["words"], images["regions"]
+        s = block_dots(regions, words)  # (n, W, i, R)
+        return code_and_pool(s, words, regions, images.get("region_mask"), self.config)  # (n, i)
 
-
-def compile_scores() -> None:
-    """Let torch.compile fuse the passes of CHAN's score, for the rest of this process."""
-    global code_and_pool
-    code_and_pool = torch.compile(code_and_pool, dynamic=True)
-
-
-class InfoNCELoss(nn.Module):
-    """z_ij = (s_ij - s_ii + margin) / temperature off the diagonal and 0 on it; log sum_j exp z_ij
-    for each row, the same for each column with s_jj, and the sum of their two means."""
-
-    def __init__(self, temperature: float = 0.01, margin: float = 0.0):
-        super().__init__()
-        self.temperature, self.margin = temperature, margin
-
-    def forward(self, scores: Tensor, image_index: Tensor | None = None) -> Tensor:
-        """scores (B, B), matched pairs on the diagonal -> loss (). See ContrastiveLoss."""
-        matched = scores.diagonal()  # (B,)
-        diagonal = torch.eye(len(scores), dtype=torch.bool, device=scores.device)  # (B, B)
-        own = diagonal
-        if image_index is not None:
-            own = image_index[:, None] == image_index[None, :]  # (B, B)
-        total = scores.new_zeros(())
-        for dim, to in ((1, matched[:, None]), (0, matched[None, :])):
-            z = (scores - to + self.margin) / self.temperature  # (B, B)
-            z = z.masked_fill(own, -torch.inf).masked_fill(diagonal, 0)  # (B, B)
-            total = total + z.logsumexp(dim).mean()
-        return total
+    def pairs(self, images: Encoding, captions: Encoding) -> Tensor:
+        words, regions = captions["words"], images["regions"]
+        s = pair_dots(regions, words)  # (p, W, R)
+        return code_and_pool(s, words, regions, images.get("region_mask"), self.config)  # (p,)
 
 
 class QuickGELU(nn.Module):
@@ -189,14 +146,14 @@ class SelfAttention(nn.Module):
         self.ln = nn.LayerNorm(embed_size)
         self.attn = nn.MultiheadAttention(embed_size, HEADS, batch_first=True)
 
-    def forward(self, x: Tensor, outside: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, ignored: Tensor | None) -> Tensor:
         """x (I, R, D), regions that are not attended to (I, R) or None -> (I, R, D)."""
         y = self.ln(x)  # (I, R, D)
-        return x + self.attn(y, y, y, outside, need_weights=False)[0]  # (I, R, D)
+        return x + self.attn(y, y, y, ignored, need_weights=False)[0]  # (I, R, D)
 
 
 class Transformer(nn.Module):
-    """x + MHA(LN_1(x)), then x + MLP(LN_2(x))."""
+    """x + MHA(LN_1(x)), then x + MLP(LN_2(x)); over the regions of an image (Q10)."""
 
     def __init__(self, embed_size: int):
         super().__init__()
@@ -210,10 +167,10 @@ class Transformer(nn.Module):
         self.mlp = nn.Sequential(OrderedDict(layers))
         self.ln_2 = nn.LayerNorm(embed_size)
 
-    def forward(self, x: Tensor, outside: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, ignored: Tensor | None) -> Tensor:
         """As SelfAttention."""
         y = self.ln_1(x)  # (I, R, D)
-        x = x + self.attn(y, y, y, outside, need_weights=False)[0]  # (I, R, D)
+        x = x + self.attn(y, y, y, ignored, need_weights=False)[0]  # (I, R, D)
         return x + self.mlp(self.ln_2(x))  # (I, R, D)
 
 
@@ -223,7 +180,7 @@ class Basic(nn.Module):
     def __init__(self, embed_size: int):
         super().__init__()
 
-    def forward(self, x: Tensor, outside: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, ignored: Tensor | None) -> Tensor:
         return x
 
 
@@ -231,7 +188,7 @@ FEEDFORWARD = {"basic": Basic, "selfattention": SelfAttention, "transformer": Tr
 
 
 class AttendingImages(nn.Module):
-    """Regions to the joint space: a linear layer, what `precomp_enc_type` says, unit length."""
+    """Regions to the joint space: a linear layer, the layer of `precomp_enc_type`, unit length."""
 
     def __init__(self, img_dim: int, embed_size: int, precomp_enc_type: str, no_imgnorm: bool):
         super().__init__()
@@ -244,17 +201,15 @@ class AttendingImages(nn.Module):
         self.feedforward = kind(embed_size)
         self.no_imgnorm = no_imgnorm
 
-    def forward(self, images: Tensor, outside: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, ignored: Tensor | None = None) -> Tensor:
         """images (I, R, img_dim), regions that are not attended to (I, R) -> (I, R, D), float32."""
         x = self.fc(images.to(self.fc.bias.dtype))  # (I, R, D)
-        x = self.feedforward(x, outside).float()  # (I, R, D)
+        x = self.feedforward(x, ignored).float()  # (I, R, D)
         return x if self.no_imgnorm else l2norm(x, dim=-1)
 
 
 class CHAN(Encoders):
     """Region and word encoders, and the coding and pooling of their cosines."""
-
-    compile_scores = staticmethod(compile_scores)
 
     def __init__(
         self,
@@ -281,31 +236,131 @@ class CHAN(Encoders):
             sizes = vocab_size, word_dim, embed_size, num_layers
             text_encoder = EncoderText(*sizes, True, no_txtnorm)
             nn.init.xavier_uniform_(text_encoder.embed.weight)
-            # In the published checkpoints, and read by nothing.
+            # It is in the published checkpoints; nothing reads it.
             text_encoder.fc = nn.Linear(embed_size, embed_size).requires_grad_(False)
         self.txt_enc = text_encoder
+        # Two more parts of the published checkpoints; they hold no weights.
         self.sim_enc = self.criterion = nn.Identity()
-        self.how = Coding(coding_type, pooling_type, alpha, belta)
+        self.config = CodingConfig(coding_type, pooling_type, alpha, belta)
         self.mask_dropped = mask_dropped
 
-    def encode_images(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def encode_images(self, batch: dict[str, Tensor]) -> Encoding:
         """batch['images'] (I, R, img_dim) -> {'regions': (I, R, D)}.
 
-        With batch['inside'] (I, R), which regions --drop left, also 'inside'. The dropped ones are
-        zeros in 'images' and never scored, but the others attend to them, as published, unless
-        `mask_dropped`.
+        With batch['region_mask'] (I, R), the regions that --drop left, also 'region_mask'. The
+        dropped ones are zeros in 'images' and are never scored. The others attend to them, as
+        published, unless `mask_dropped`.  # Q13
         """
-        inside = batch.get("inside")
-        outside = ~inside if self.mask_dropped and inside is not None else None
-        return without_dropped(self.img_enc(batch["images"], outside), batch)
+        mask = batch.get("region_mask")
+        ignored = ~mask if self.mask_dropped and mask is not None else None
+        return without_dropped(self.img_enc(batch["images"], ignored), batch)
 
-    def similarity(self, images: dict[str, Tensor], captions: dict[str, Tensor]) -> Tensor:
+    def similarity(self, images: Encoding, captions: Encoding) -> Tensor:
         """Scores (I, C) of every encoded image with every encoded caption."""
-        return pair_scores(
-            partial(score_all, how=self.how),
-            partial(score_some, how=self.how),
-            tuple(images[name] for name in ("regions", "inside") if name in images),
-            (captions["words"],),
-            torch.as_tensor(captions["lengths"]).cpu(),
-            per_dot=2,
+        of_images = {name: images[name] for name in ("regions", "region_mask") if name in images}
+        of_captions = {"words": captions["words"]}
+        return pair_scores(CodingScore(self.config), of_images, of_captions, captions["lengths"])
+
+
+class CHANSystem(System):
+    """What the shared programs know of CHAN."""
+
+    name, title = "chan", "CHAN"
+    parts = ("img_enc", "txt_enc", "sim_enc", "criterion")
+    defaults = {"margin": 0.05}
+    adam = torch.optim.AdamW  # with its default weight decay, 0.01, as published
+    directions = ()
+    counts_epochs = True
+    compared = ("CHAN VHA LSE", "--precomp_enc_type selfattention --margin 0.05")
+    benchmarks = {"VHA": "--precomp_enc_type selfattention"}
+    benchmark_batch = 384  # as published
+
+    def add_options(self, group) -> None:
+        group.add_argument(
+            "--coding_type",
+            default="VHACoding",
+            help="VHACoding (the best region of each word) | THACoding (the best word of each "
+            "region) | VSACoding (a mean of the words for each region)",
         )
+        group.add_argument(
+            "--pooling_type",
+            default="LSEPooling",
+            help="LSEPooling | MeanPooling | MaxPooling | SumPooling | SoftmaxPooling",
+        )
+        group.add_argument("--alpha", default=0.1, type=POSITIVE, help="temperature of VSACoding")
+        group.add_argument(
+            "--belta",
+            default=0.1,
+            type=POSITIVE,
+            help="temperature of LSEPooling and SoftmaxPooling",
+        )
+        for name, kind, default in UNUSED:
+            group.add_argument(
+                f"--{name}", default=default, type=kind, help="published, but nothing reads it"
+            )
+        group.add_argument(
+            "--mask_dropped",
+            action="store_true",
+            help="regions do not attend to dropped ones (in the published code they attend to "
+            "zeros)",
+        )
+
+    def build(self, opt, vocab_size, text_encoder=None) -> CHAN:
+        options = encoder_options(opt)
+        del options["bi_gru"]  # always
+        return CHAN(
+            vocab_size,
+            **options,
+            coding_type=opt.coding_type,
+            pooling_type=opt.pooling_type,
+            alpha=opt.alpha,
+            belta=opt.belta,
+            mask_dropped=opt.mask_dropped,
+            text_encoder=text_encoder,
+        )
+
+    def data_folders(self, data_path: str, data_name: str) -> list[str]:
+        """SCAN's, and CHAN's own layout.
+
+        There `data_path` is itself the folder of the dataset, has the name `data_name` and holds
+        precomp/, or a folder `data_path`_precomp stands beside it.
+        """
+        folders = [os.path.join(data_path, name) for name in (data_name, f"{data_name}_precomp")]
+        bare = os.path.normpath(data_path)
+        if os.path.basename(bare) == data_name:
+            folders += [os.path.join(bare, "precomp"), f"{bare}_precomp"]
+        return folders
+
+    def vocab_file(self, folder: str, data_name: str) -> str:
+        """{data_name}_vocab.json, or else coco_precomp_vocab.json or f30k_precomp_vocab.json."""
+        path = super().vocab_file(folder, data_name)
+        kind = "coco" if "coco" in data_name else "f30k"
+        shared = super().vocab_file(folder, f"{kind}_precomp")
+        return shared if os.path.isfile(shared) and not os.path.isfile(path) else path
+
+    def vocabulary(self, vocab, opt):
+        """It has a word more, <mask>. CHAN is a program for Python 3, which lowers all letters."""
+        if vocab.tokenizer is None:  # a published file  # Q25
+            vocab.lower = UNICODE
+        vocab.add_word(vocab.mask)
+        return vocab
+
+    def detect(self, states) -> bool:
+        return len(states) == 4  # GSMN, which also has four, is asked first
+
+    def architecture(self, states) -> dict:
+        known = super().architecture(states) | {"precomp_enc_type": "basic"}
+        known.pop("bi_gru", None)
+        if any(name.startswith("feedforward.") for name in states[0]):
+            mlp = "feedforward.mlp.c_fc.weight" in states[0]
+            known["precomp_enc_type"] = "transformer" if mlp else "selfattention"
+        return known
+
+    def criterion(self, opt) -> nn.Module:
+        """After the warm-up the hinge is that of the hardest negatives, without a flag."""
+        warmup = opt.vse_mean_warmup_epochs
+        return make_criterion(opt.criterion, opt.margin, True, warmup, opt.temperature)
+
+    def start_words(self, embedding: Tensor) -> None:
+        """Words without a vector start from normal random numbers, as published."""
+        embedding.normal_()

@@ -1,65 +1,57 @@
 """GSMN: node-level and structure-level matching of a textual and a visual graph.
 
-Liu et al., Graph Structured Network for Image-Text Matching, CVPR 2020 (arXiv:2004.00277).
-Letters: I images, C captions, R regions, W words, D joint dimension; in a score M images, N
-captions; V nodes of a graph (words or regions), B blocks of D / B dimensions, K kernels, H hidden
-numbers a node, F what a key has in a block.
+Liu et al., Graph Structured Network for Image-Text Matching, CVPR 2020 (arXiv:2004.00277). Section
+3.2, node level: each node attends to the nodes of the other modality; its vector holds the cosines,
+block by block, with what it attends to. Structure level, in gsmn_graphs.py: a graph convolution
+makes a score of these vectors. The score of a pair is the sum of both graphs' scores.
 
-Section 3.1 builds the graphs: edges S_ij = softmax_j(lambda u_i . u_j) among words, for the sparse
-graph times the adjacency A of the dependency parse, rows of length 1; polar coordinates of the box
-centres among regions. Section 3.2 matches: a node attends to the other modality's nodes and becomes
-the vector of its cosines, block by block, with what it attends to (node level); a graph convolution
-with K kernels and two layers make each vector a number, and the mean over the nodes is the score
-(structure level). The score of a pair is the sum of both graphs' scores.
-
-As published, the convolution adds up the node's *own* vector over its neighbours, so that no node
-sees another; that is the default here, for the published weights depend on it. `neighbours=True` is
-what the paper says: x_i = ||_k sigma(sum_j e_ij W_k m_j + b), neighbours' vectors m_j, with sigma =
-tanh, the edges e_ij as in section 3.1, and Gaussian kernels normalised over the neighbours.
+Shapes: I or M images, C or N captions, R regions, W words, D joint dimension, P pairs; B blocks of
+D / B dimensions; F numbers of a key in a block. Comments give the shapes of a block of N captions
+with M images; in the layout of pairs P stands for both (see attention.py).
 """
 
-import math
-from functools import partial
+import re
+from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import (
-    CrossAttention,
-    EncoderImage,
-    Encoders,
-    EncoderText,
-    WeightNormLinear,
-    attention,
+from attention import (
+    REGIONS,
+    WORDS,
+    AttentionConfig,
+    attention_weights,
     cosine,
+    multiply,
     restore_faint,
 )
-from pairs import blocks, pair_scores
+from gsmn_data import GraphDataset, adjacency, check_boxes_are_there
+from gsmn_graphs import KERNELS, TextualGraph, VisualGraph, structure_score, textual_edges
+from model import EncoderImage, Encoders, EncoderText
+from pairs import Encoding, PairScore, pair_scores
+from system import ServedImage, System, add_lambda_softmax, encoder_options
+from util.arguments import COUNT
+from util.cli import InputError
 
-KERNELS = 8
-READ = "regions", "keys", "norms", "edges", "inside"  # of the images by a score
+# The graph convolutions under the names of a later revision of the published code.
+RENAMED = {"vGNN.": "graph_convolution_1.", "tGNN.": "graph_convolution_3."}
 
 
-class Matching(NamedTuple):
-    """What decides a score beside weights; see options.py."""
+class MatchingConfig(NamedTuple):
+    """The options of a score; `add_options` below explains them."""
 
     num_block: int = 16
     lambda_softmax: float = 20.0
     neighbours: bool = False
 
-    @property
-    def per_dot(self) -> int:
-        """Numbers kept for each dot: the dots block by block, and the attended vectors."""
-        return 2 * self.num_block
-
 
 def block_keys(x: Tensor, num_block: int) -> Tensor:
-    """What the length of an attended vector sum_k a_k x_k needs, block by block: (N, V, B F).
+    """What the length of an attended vector sum_k alpha_k x_k needs, block by block: (N, V, B F).
 
-    x (N, V, D) itself, to build its blocks of F = D / B; or, where V is less, the blocks' Gram
-    matrices, F = V: row k holds the dots of block b of x_k with that of each x_l.
+    x (N, V, D) itself, if the attended vector's blocks of F = D / B numbers are built; or, if there
+    are fewer keys than that, the blocks' Gram matrices, F = V: row k holds the dots of block b of
+    x_k with that of each x_l.
     """
     part = x.unflatten(2, (num_block, -1)).transpose(1, 2)  # (N, B, V, D / B)
     if x.size(1) >= part.size(3):
@@ -68,329 +60,137 @@ def block_keys(x: Tensor, num_block: int) -> Tensor:
 
 
 def block_norms(x: Tensor, num_block: int) -> Tensor:
-    """Length of each block of x (N, V, D): (N, V, B), with no gradient at 0."""
+    """Length of each block of x (N, V, D): (N, V, B); no gradient at 0."""
     square = x.square().unflatten(2, (num_block, -1)).sum(3)  # (N, V, B)
-    if not x.requires_grad:
-        return square.sqrt_()
-    return square.masked_fill(square == 0, 1).sqrt().masked_fill(square == 0, 0)
+    return square.masked_fill(square == 0, 1).sqrt().masked_fill(square == 0, 0)  # (N, V, B)
 
 
 def word_nodes(
-    s: Tensor,
-    dots: Tensor,
-    keys: Tensor,
-    gram: bool,
-    norms: tuple[Tensor, Tensor],
-    vectors: tuple[Tensor, Tensor],
-    scale: float,
-    inside: Tensor | None = None,
+    s: Tensor, dots: Tensor, images: Encoding, captions: Encoding, config: MatchingConfig
 ) -> Tensor:
-    """Vectors (M, N, W, B) of the textual nodes: each word attends to the regions.
+    """Vectors (M, N, W, B) of the textual nodes, or (P, W, B): each word attends to the regions.
 
-    s (B, N, W, M, R) holds the dots block by block, `dots` (N, W, M, R) their sum; keys (M, R, B F)
-    are the images' block_keys, Gram matrices or not. norms are the words', which broadcast to the
-    result, and the regions' (M, R, B). vectors are the words (N, W, B, D / B) and regions (M, R, B,
-    D / B) block by block; for these and `inside` (1, M, R) see attend of model.py.
+    s (B, N, W, M, R) holds the dots block by block, `dots` their sum over the blocks. images and
+    captions hold their vectors, 'keys' and 'norms': see block_keys and block_norms.
     """
-    a = attention(dots, CrossAttention(True, lambda_softmax=scale), inside)  # (N, W, M, R)
-    words, regions = vectors
-    rows = a.flatten(0, 1).transpose(0, 1).contiguous()  # (M, N W, R)
-    c = (rows @ keys).unflatten(2, (norms[1].size(2), -1))  # (M, N W, B, F)
-    if not gram:
-        c = c.unflatten(1, a.shape[:2])  # (M, N, W, B, F)
-        queries = words[None] if len(words) == len(a) else words[:, None]
-        return cosine((c * queries).sum(4), c.square().sum(4), norms[0])  # (M, N, W, B)
-    # (N W M, B, R) times (N W M, R, 1): the products are not written down before they are summed.
-    dot = s.flatten(1, 3).transpose(0, 1).bmm(a.reshape(-1, a.size(3), 1))  # (N W M, B, 1)
-    dot = dot.view(*a.shape[:3], -1).permute(2, 0, 1, 3)  # (M, N, W, B)
-    square = c.flatten(0, 1).bmm(rows.view(-1, rows.size(2), 1)).view(dot.shape)  # (M, N, W, B)
+    weights = AttentionConfig("t2i", lambda_softmax=config.lambda_softmax)
+    a = attention_weights(dots, WORDS, REGIONS, weights, images.get("region_mask"))
+    words, regions = (
+        x.unflatten(2, (config.num_block, -1)) for x in (captions["words"], images["regions"])
+    )  # (N, W, B, D / B), (M, R, B, D / B)
+    paired = a.dim() == 3
+    by_image = a if paired else a.movedim(2, 0)  # (M, N, W, R)
+    rows = by_image.reshape(len(regions), -1, a.size(-1))  # (M, N W, R)
+    c = (rows @ images["keys"]).view(*by_image.shape[:-1], config.num_block, -1)  # (M, N, W, B, F)
+    norms = captions["norms"]  # (N, W, B)
+    if c.size(-1) == words.size(3):  # the blocks of the attended vectors
+        return cosine((c * words).sum(-1), c.square().sum(-1), norms)  # (M, N, W, B)
+    # As products of (B, R) and (R, 1): these are not written down before they are summed.
+    column = a.reshape(-1, a.size(-1), 1)  # (N W M, R, 1)
+    dot = s.flatten(1, -2).transpose(0, 1).bmm(column).view(*a.shape[:-1], -1)  # (N, W, M, B)
+    dot = dot if paired else dot.movedim(2, 0)  # (M, N, W, B)
+    square = c.flatten(0, -3).bmm(rows.reshape(-1, a.size(-1), 1)).view(dot.shape)  # (M, N, W, B)
 
-    def gather(m: Tensor, n: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        caption = n if len(words) == len(a) else m
-        image = m if len(regions) == a.size(2) else n
-        return a[n, w, m], words[caption, w, b], regions[image, :, b]
+    def faint_rows(at: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        m, n, w, b = at[0], *at[-3:]  # of pairs m is n
+        return by_image[at[:-1]], words[n, w, b], regions[m, :, b]
 
-    bound = norms[1].amax(1).square()[:, None, None]  # (M, 1, 1, B)
-    return restore_faint(cosine(dot, square, norms[0]), square, bound, gather)
+    bound = images["norms"].amax(1).square()  # (M, B)
+    bound = bound.view(len(bound), *[1] * (dot.dim() - 2), -1)  # (M, 1, 1, B)
+    return restore_faint(cosine(dot, square, norms), square, bound, faint_rows)  # (M, N, W, B)
 
 
 def region_nodes(
-    s: Tensor,
-    dots: Tensor,
-    keys: Tensor,
-    gram: bool,
-    norms: tuple[Tensor, Tensor],
-    vectors: tuple[Tensor, Tensor],
-    scale: float,
+    s: Tensor, dots: Tensor, images: Encoding, captions: Encoding, config: MatchingConfig
 ) -> Tensor:
-    """Vectors (N, B, M, R) of the visual nodes: each region attends to the words.
+    """Vectors (N, M, R, B) of the visual nodes, or (P, R, B): each region attends to the words.
 
-    As word_nodes, but keys (N, W, B F) are the captions', and norms the regions', which broadcast
-    to the result, and the words' (N, W, B). Overwrites s where no graph is kept.
+    As word_nodes. Overwrites s where no graph is kept.
     """
-    mul = Tensor.mul if dots.requires_grad else Tensor.mul_
-    a = attention(dots, CrossAttention(False, lambda_softmax=scale))  # (N, W, M, R)
-    words, regions = vectors
-    c = keys.mT @ a.flatten(2)  # (N, B F, M R)
-    c = c.view(len(a), norms[1].size(2), -1, *a.shape[2:])  # (N, B, F, M, R)
-    if not gram:
-        queries = regions.movedim(1, 3)  # (M, B, F, R)
-        one = len(regions) == a.size(2)
-        queries = queries.movedim(0, 2)[None] if one else queries[:, :, :, None]
-        return cosine((c * queries).sum(2), c.square().sum(2), norms[0])  # (N, B, M, R)
-    dot = mul(s, a).sum(2).transpose(0, 1)  # (N, B, M, R)
-    square = mul(c, a[:, None]).sum(2)  # (N, B, M, R)
+    weights = AttentionConfig("i2t", lambda_softmax=config.lambda_softmax)
+    a = attention_weights(dots, REGIONS, WORDS, weights)  # (N, W, M, R)
+    words, regions = (
+        x.unflatten(2, (config.num_block, -1)) for x in (captions["words"], images["regions"])
+    )  # (N, W, B, D / B), (M, R, B, D / B)
+    paired = a.dim() == 3
+    c = captions["keys"].mT @ a.flatten(2)  # (N, B F, M R)
+    c = c.view(len(a), config.num_block, -1, *a.shape[2:])  # (N, B, F, M, R)
+    norms = images["norms"].movedim(-1, 1 if paired else 0)  # (B, M, R)
+    if c.size(2) == words.size(3):  # the blocks of the attended vectors
+        queries = regions.permute((0, 2, 3, 1) if paired else (2, 3, 0, 1))  # (B, F, M, R)
+        x = cosine((c * queries).sum(2), c.square().sum(2), norms)  # (N, B, M, R)
+        return x.movedim(1, -1)  # (N, M, R, B)
+    dot = multiply(s, a).sum(2).transpose(0, 1)  # (N, B, M, R)
+    square = multiply(c, a[:, None]).sum(2)  # (N, B, M, R)
+    by_region = a.movedim(WORDS, -1)  # (N, M, R, W)
 
-    def gather(n: Tensor, b: Tensor, m: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        caption = n if len(words) == len(a) else m
-        image = m if len(regions) == a.size(2) else n
-        return a.transpose(1, 3)[n, r, m], regions[image, r, b], words[caption, :, b]
+    def faint_rows(at: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        n, b, place = at[0], at[1], (at[0], *at[2:])  # without the block: (n, m, r) or (p, r)
+        m, r = place[-2:]
+        return by_region[place], regions[m, r, b], words[n, :, b]
 
-    bound = norms[1].amax(1).square()[:, :, None, None]  # (N, B, 1, 1)
-    return restore_faint(cosine(dot, square, norms[0]), square, bound, gather)
+    bound = captions["norms"].amax(1).square()  # (N, B)
+    bound = bound.view(*bound.shape, *[1] * (dot.dim() - 2))  # (N, B, 1, 1)
+    x = restore_faint(cosine(dot, square, norms), square, bound, faint_rows)  # (N, B, M, R)
+    return x.movedim(1, -1)  # (N, M, R, B)
 
 
-def structure_score(
-    nodes: Tensor,
-    edges: Tensor | None,
-    neighbours: bool,
-    conv: Tensor,
-    hidden: Tensor,
-    hidden_bias: Tensor,
-    out: Tensor,
-    out_bias: Tensor,
-    conv_bias: Tensor | None = None,
-    *,
-    inside: Tensor | None = None,
-) -> Tensor:
-    """Scores (M, N) of one graph from its nodes' vectors m (M, N, V, B): structure level.
+class GraphMatching(PairScore):
+    """The score of both graphs, as pairs.py calls it.
 
-    Section 3.2 of the paper: x_i = ||_k sigma(sum_j e_ij W_k m_j + b), and then the mean over i of
-    W_s sigma(W_h x_i + b_h) + b_s. conv (H, B) are the W_k one below the other, conv_bias b, hidden
-    W_h, out W_s. edges: with `neighbours` e_ij, (m, n, k, V, V); else, as published, what a node's
-    own vector is multiplied with instead of that sum, (m, n, V, k), and no sigma around it.
-    `inside` (m, n, V) says which nodes there are; None: all. The letters in lower case are M, N, K,
-    or 1.
+    images: 'regions', their 'keys', 'norms' and visual 'edges', and 'region_mask' if some are
+    missing. captions: 'words' and, if the graph has any, textual 'edges' (N, W) or (N, W, all W).
     """
-    h = (nodes @ conv.mT).unflatten(3, (KERNELS, -1))  # (M, N, V, K, H / K)
-    if neighbours:
-        h = torch.einsum("mnkij,mnjkc->mnikc", edges, h)  # (M, N, V, K, H / K)
-    elif edges is not None:
-        h = h * edges[..., None]  # (M, N, V, K, H / K)
-    h = h.flatten(3)  # (M, N, V, H)
-    h = h if conv_bias is None else h + conv_bias  # (M, N, V, H)
-    h = h.tanh() if neighbours else h  # (M, N, V, H)
-    h = (h @ hidden.mT + hidden_bias).tanh()  # (M, N, V, H)
-    # The last layer is linear, so the mean over nodes (and over out_dim, published) goes first.
-    if inside is None:
-        h = h.mean(2)  # (M, N, H)
-    else:
-        h = (h * inside[..., None]).sum(2) / inside.sum(2)[..., None]  # (M, N, H)
-    return h @ out.mean(0) + out_bias.mean()  # (M, N)
 
+    captions_per_block = 16
 
-def score_some(
-    images: tuple[Tensor, ...],
-    captions: tuple[Tensor, ...],
-    paired: bool,
-    *weights: Tensor,
-    how: Matching,
-) -> Tensor:
-    """Scores of captions of one length and some images; see pair_scores.
+    def __init__(self, config: MatchingConfig):
+        self.config = config
+        # The dots block by block, and the attended vectors.
+        self.dots_size = 2 * config.num_block
 
-    Of images: regions (i, R, D), their block_keys, block_norms, and edges (i, ...), and if some
-    regions are missing, which there are (i, R): the others are zeros. Of captions: words (n, W, D)
-    and, if the graph has any, edges (n, W) or (n, W, all W).
-    """
-    regions, keys, norms, visual_edges, *inside = images
-    words, *textual_edges = captions
-    b, length, depth = how.num_block, words.size(1), words.size(2)
-    words_b, regions_b = (x.unflatten(2, (b, -1)) for x in (words, regions))  # (n, W, B, D / B)
-    word_norms = block_norms(words, b)  # (n, W, B)
-    if paired:
-        s = words_b.permute(2, 0, 1, 3) @ regions_b.permute(2, 0, 3, 1)  # (B, p, W, R)
-        dots = s.sum(0)  # (p, W, R)
-        # Words meet their image as if all were one caption's, regions as if all were one image's:
-        # then keys are one a pair. In the graphs N = 1 and M = p.
-        by_word, word_dots = s.transpose(1, 2)[:, None], dots.transpose(0, 1)[None]
-        by_region, region_dots = s[:, :, :, None], dots[:, :, None]
-        of_words = word_norms[:, None]  # (p, 1, W, B)
-        of_regions = norms.mT[:, :, None]  # (p, B, 1, R)
-        textual_edges = [x[:, None] for x in textual_edges]  # (p, 1, W, ...)
-    else:
-        s = words_b.flatten(0, 1).transpose(0, 1) @ regions_b.flatten(0, 1).permute(1, 2, 0)
-        by_word = by_region = s.view(b, *words.shape[:2], *regions.shape[:2])  # (B, n, W, i, R)
-        word_dots = region_dots = by_word.sum(0)  # (n, W, i, R)
-        of_words, of_regions = word_norms, norms.permute(2, 0, 1)  # (n, W, B), (B, i, R)
-        textual_edges = [x[None] for x in textual_edges]  # (1, n, W, ...)
-    more = (words_b, regions_b), how.lambda_softmax
-    gram = keys.size(2) < depth
-    there = inside[0][None] if inside else None  # (1, i, R) or (1, p, R)
-    x = word_nodes(by_word, word_dots, keys, gram, (of_words, norms), *more, there)  # (M, N, W, B)
-    keys = block_keys(words, b)  # (n, W, B F)
-    gram = keys.size(2) < depth
-    norms = of_regions, word_norms
-    y = region_nodes(by_region, region_dots, keys, gram, norms, *more)  # (N, B, M, R)
-    y = y.permute(0, 2, 3, 1) if paired else y.permute(2, 0, 3, 1)  # (M, N, R, B)
+    def block(self, images: Encoding, captions: Encoding, *weights: Tensor) -> Tensor:
+        words, regions = self.in_blocks(images, captions)
+        s = words.flatten(0, 1).transpose(0, 1) @ regions.flatten(0, 1).permute(1, 2, 0)
+        s = s.view(len(s), *words.shape[:2], *regions.shape[:2])  # (B, n, W, i, R)
+        return self.score(s, images, captions, *weights)  # (n, i)
 
-    edges = None
-    if textual_edges:
-        (edges,) = textual_edges
-        edges = edges[..., None, :, :length] if how.neighbours else edges[..., None]
-    scores = structure_score(x, edges, how.neighbours, *weights[:6])  # (M, N)
-    present = inside[0][:, None] if inside else None  # (i, 1, R) or (p, 1, R)
-    edges = visual_edges[:, None]
-    scores = scores + structure_score(y, edges, how.neighbours, *weights[6:], inside=present)
-    return scores.flatten() if paired else scores.mT  # (p,) or (n, i)
+    def pairs(self, images: Encoding, captions: Encoding, *weights: Tensor) -> Tensor:
+        words, regions = self.in_blocks(images, captions)
+        s = words.permute(2, 0, 1, 3) @ regions.permute(2, 0, 3, 1)  # (B, p, W, R)
+        return self.score(s, images, captions, *weights)  # (p,)
 
+    def in_blocks(self, images: Encoding, captions: Encoding) -> tuple[Tensor, Tensor]:
+        """Words (n, W, B, D / B) and regions (i, R, B, D / B)."""
+        size = self.config.num_block, -1
+        return captions["words"].unflatten(2, size), images["regions"].unflatten(2, size)
 
-@torch.no_grad()
-def score_all(
-    images: tuple[Tensor, ...],
-    captions: tuple[Tensor, ...],
-    cap_lens: Tensor,
-    *weights: Tensor,
-    how: Matching,
-) -> Tensor:
-    """Scores (I, C) of all pairs, no graph kept."""
-    regions, words = images[0], captions[0]
-    scores = regions.new_empty(len(regions), len(words))  # (I, C)
-    for length, caption, image in blocks(cap_lens, regions, how.per_dot, 16):
-        some = tuple(x[caption, :length] for x in captions)
-        part = score_some(tuple(x[image] for x in images), some, False, *weights, how=how)  # (n, i)
-        scores[image, caption] = part.mT
-    return scores
-
-
-def compile_scores() -> None:
-    """Let torch.compile fuse the passes of GSMN's score, for the rest of this process."""
-    global word_nodes, region_nodes, structure_score
-    # Two graphs, with and without edges, pairs and blocks, training and evaluation.
-    torch._dynamo.config.recompile_limit = 64
-    word_nodes, region_nodes, structure_score = (
-        torch.compile(x, dynamic=True) for x in (word_nodes, region_nodes, structure_score)
-    )
-
-
-class VisualKernels(nn.Module):
-    """Kernels over polar coordinates: edge weights of the visual graph (section 3.1)."""
-
-    def __init__(self, feat_dim: int, hid_dim: int):
-        super().__init__()
-        self.mean_rho = nn.Parameter(torch.empty(KERNELS, 1).uniform_(0, 1))
-        self.mean_theta = nn.Parameter(torch.empty(KERNELS, 1).uniform_(-math.pi, math.pi))
-        self.precision_rho = nn.Parameter(torch.empty(KERNELS, 1).uniform_(0, 1))
-        self.precision_theta = nn.Parameter(torch.empty(KERNELS, 1).uniform_(0, 1))
-        self.conv_weights = nn.ModuleList(
-            nn.Linear(feat_dim, hid_dim // KERNELS, bias=False) for _ in range(KERNELS)
-        )
-
-    def forward(self, boxes: Tensor, neighbours: bool, inside: Tensor | None = None) -> Tensor:
-        """boxes (I, R, 4) in parts of the image's size -> edges (I, R, K), or (I, K, R, R).
-
-        `inside` (I, R) says which regions there are; no other is a neighbour. None: all.
-
-        Of w_ijk = exp(-(rho_ij - mu_k)^2 / 2 s_k^2) exp(-|theta_ij - nu_k|^2 / 2 t_k^2), angles
-        the short way round. As published they are divided by their sum over the kernels k and, as
-        the node's own vector stands for all neighbours, added up over j. The paper's edges are one
-        a pair of regions; divided by their sum over j, each kernel takes a mean of neighbours.
-        """
-        centre = (boxes[..., :2] + boxes[..., 2:]) / 2  # (I, R, 2)
-        dx, dy = (centre[:, :, None] - centre[:, None]).unbind(-1)  # (I, R, R)
-        rho = (dx.square() + dy.square()).sqrt()[:, None]  # (I, 1, R, R)
-        theta = torch.atan2(dx, dy)[:, None]  # (I, 1, R, R)
-
-        def exponent(d: Tensor, precision: Tensor) -> Tensor:
-            return -0.5 * d.square() / (1e-14 + precision.square()[..., None])  # (I, K, R, R)
-
-        around = (theta - self.mean_theta[..., None]).abs()  # (I, K, R, R)
-        around = torch.minimum(around, (2 * math.pi - around).abs())  # (I, K, R, R)
-        log_w = exponent(rho - self.mean_rho[..., None], self.precision_rho)  # (I, K, R, R)
-        log_w = log_w + exponent(around, self.precision_theta)  # (I, K, R, R)
-        outside = None if inside is None else ~inside[:, None, None]  # (I, 1, 1, R)
-        # A softmax is that quotient, but where all kernels are so narrow that each w is 0: the
-        # published quotient is then NaN.
-        if neighbours:
-            log_w = log_w if outside is None else log_w.masked_fill(outside, -torch.inf)
-            return log_w.softmax(3)  # (I, K, R, R)
-        w = log_w.softmax(1)  # (I, K, R, R)
-        w = w if outside is None else w.masked_fill(outside, 0)  # (I, K, R, R)
-        return w.sum(3).mT  # (I, R, K)
-
-
-class TextualKernels(nn.Module):
-    """Kernels of the textual graph. As published each edge is multiplied with a number a kernel and
-    divided by the sum over j of these products: it cancels, and passes no gradient."""
-
-    def __init__(self, feat_dim: int, hid_dim: int):
-        super().__init__()
-        self.params = nn.Parameter(torch.empty(KERNELS, 1).uniform_(-1, 1), requires_grad=False)
-        self.conv_weights = nn.ModuleList(
-            nn.Linear(feat_dim, hid_dim // KERNELS) for _ in range(KERNELS)
-        )
-
-
-class VisualGraph(nn.Module):
-    """Weights of the visual graph, under their published names."""
-
-    def __init__(self, feat_dim: int, hid_dim: int, out_dim: int):
-        super().__init__()
-        self.graph_convolution_1 = VisualKernels(feat_dim, hid_dim)
-        self.out_1 = WeightNormLinear(hid_dim, hid_dim, per_row=True)
-        self.out_2 = WeightNormLinear(hid_dim, out_dim, per_row=True)
-
-    def weights(self) -> tuple[Tensor, ...]:
-        """What structure_score reads."""
-        conv = torch.cat([kernel.weight for kernel in self.graph_convolution_1.conv_weights])
-        return conv, self.out_1.weight, self.out_1.bias, self.out_2.weight, self.out_2.bias
-
-
-class TextualGraph(nn.Module):
-    """Weights of the textual graph, under their published names."""
-
-    def __init__(self, feat_dim: int, hid_dim: int, out_dim: int):
-        super().__init__()
-        self.graph_convolution_3 = TextualKernels(feat_dim, hid_dim)
-        self.out_1 = WeightNormLinear(hid_dim, hid_dim, per_row=True)
-        self.out_2 = WeightNormLinear(hid_dim, out_dim, per_row=True)
-
-    def weights(self) -> tuple[Tensor, ...]:
-        """What structure_score reads, the convolution's bias last."""
-        kernels = self.graph_convolution_3.conv_weights
-        conv, bias = (torch.cat([getattr(k, x) for k in kernels]) for x in ("weight", "bias"))
-        return conv, self.out_1.weight, self.out_1.bias, self.out_2.weight, self.out_2.bias, bias
-
-
-def textual_edges(
-    words: Tensor, lengths: Tensor, adjacency: Tensor | None, scale: float, neighbours: bool
-) -> Tensor:
-    """Edges of the textual graph: (C, W, W) with `neighbours`, else (C, W).
-
-    words (C, W, D); lengths (C,) on the host; adjacency (C, W, W), the dependency pairs both ways
-    plus the identity, or None for the dense graph. The paper's edges (section 3.1) are S_ij =
-    softmax_j(scale u_i . u_j); for the sparse graph S times A, divided by the L2 norm over j. As
-    published a node's own vector is multiplied with sum_j e_ij a_ij / sum_j e_ij, which is 1 unless
-    a word depends on itself.
-    """
-    inside = (torch.arange(words.size(1)) < lengths[:, None]).to(words.device)  # (C, W)
-    joined = inside[:, None] if adjacency is None else adjacency > 0  # (C, 1 or W, W)
-    # S is taken over the neighbourhood: over all words, one that is strong but no neighbour would
-    # leave nothing of the others. After the division by the norm it is the same.
-    joined = joined | ~inside[:, :, None]  # (C, W, W), rows of padding hold all: no NaN
-    e = (scale * (words @ words.mT)).masked_fill(~joined, -math.inf).softmax(2)  # (C, W, W)
-    e = e * inside[:, :, None]  # (C, W, W)
-    if adjacency is None:
-        return e
-    if neighbours:
-        return F.normalize(e * adjacency.clamp(max=1), dim=2, eps=1e-8)  # (C, W, W)
-    e = e * adjacency  # (C, W, W)
-    return (e * adjacency).sum(2) / e.sum(2).clamp_min(1e-30)  # (C, W)
+    def score(self, s: Tensor, images: Encoding, captions: Encoding, *weights: Tensor) -> Tensor:
+        """Scores (n, i), or (p,), of the dots s block by block."""
+        config, words, paired = self.config, captions["words"], s.dim() == 4
+        more = {"keys": block_keys(words, config.num_block)}
+        more["norms"] = block_norms(words, config.num_block)
+        dots = s.sum(0)  # (n, W, i, R)
+        x = word_nodes(s, dots, images, captions | more, config)  # (i, n, W, B)
+        y = region_nodes(s, dots, images, captions | more, config)  # (n, i, R, B)
+        edges = captions.get("edges")
+        if edges is not None and config.neighbours:
+            edges = edges[:, None, :, : words.size(1)]  # (n, 1, W, W)
+        elif edges is not None:
+            edges = edges[..., None]  # (n, W, 1)
+        textual = structure_score(x, edges, config.neighbours, *weights[:6])  # (i, n)
+        edges, mask = images["edges"], images.get("region_mask")
+        visual = structure_score(y, edges, config.neighbours, *weights[6:], mask=mask)  # (n, i)
+        return visual + (textual if paired else textual.mT)  # (n, i) or (p,)
 
 
 class GSMN(Encoders):
-    """Region and word encoders, and the matching of their two graphs."""
+    """Region and word encoders, and the matching of their two graphs.
 
-    compile_scores = staticmethod(compile_scores)
+    Raises ValueError on sizes that do not fit.
+    """
+
+    caption_keys = ("captions", "lengths", "adjacency")
 
     def __init__(
         self,
@@ -413,14 +213,14 @@ class GSMN(Encoders):
         text_encoder: nn.Module | None = None,
     ):
         super().__init__()
-        if embed_size % num_block:
+        if embed_size % num_block:  # Q28
             raise ValueError(
                 f"num_block {num_block}: expected a divisor of embed_size {embed_size}"
             )
         if feat_dim != num_block:
             raise ValueError(
-                f"feat_dim {feat_dim}: a node's vector has one number a block, so expected as many "
-                f"as num_block, {num_block}"
+                f"feat_dim {feat_dim}: the vector of a node has one number per block, so expected "
+                f"as many as num_block, {num_block}"
             )
         if hid_dim % KERNELS:
             raise ValueError(f"hid_dim {hid_dim}: expected a multiple of the {KERNELS} kernels")
@@ -430,45 +230,142 @@ class GSMN(Encoders):
         )
         self.visual_graph = VisualGraph(feat_dim, hid_dim, out_dim)
         self.textual_graph = TextualGraph(feat_dim, hid_dim, out_dim)
-        self.how = Matching(num_block, lambda_softmax, neighbours)
+        self.config = MatchingConfig(num_block, lambda_softmax, neighbours)
         self.is_sparse = is_sparse
 
-    def encode_images(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def encode_images(self, batch: dict[str, Tensor]) -> Encoding:
         """batch['images'] (I, R, img_dim), 'boxes' (I, R, 4) -> {'regions': (I, R, D), 'edges'}.
 
         Boxes are (left, top, right, bottom) in parts of the image's width and height.
         """
-        kernels, inside = self.visual_graph.graph_convolution_1, batch.get("inside")
-        edges = kernels(batch["boxes"], self.how.neighbours, inside)
+        kernels, mask = self.visual_graph.graph_convolution_1, batch.get("region_mask")
+        edges = kernels(batch["boxes"], self.config.neighbours, mask)
         encoded = super().encode_images(batch) | {"edges": edges}
         return encoded if self.training else encoded | self._keys(encoded["regions"])
 
-    def _keys(self, regions: Tensor) -> dict[str, Tensor]:
-        """What a score needs of the regions: once a step, once an evaluation."""
-        b = self.how.num_block
+    def _keys(self, regions: Tensor) -> Encoding:
+        """What a score needs of the regions besides: once per step, once per evaluation."""
+        b = self.config.num_block
         return {"keys": block_keys(regions, b), "norms": block_norms(regions, b)}
 
-    def encode_captions(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """As Encoders; for the sparse graph also batch['adjacency'] (C, W, W), passed on."""
+    def encode_captions(self, batch: dict[str, Tensor]) -> Encoding:
+        """As Encoders; for the sparse graph batch['adjacency'] (C, W, W) is passed on."""
         encoded = super().encode_captions(batch)
         return encoded | ({"adjacency": batch["adjacency"]} if self.is_sparse else {})
 
-    def similarity(self, images: dict[str, Tensor], captions: dict[str, Tensor]) -> Tensor:
+    def similarity(self, images: Encoding, captions: Encoding) -> Tensor:
         """Scores (I, C) of every encoded image with every encoded caption."""
-        how = self.how
-        regions, words = images["regions"], captions["words"]
+        config, words = self.config, captions["words"]
         lengths = torch.as_tensor(captions["lengths"]).cpu()
-        edges = ()
-        if self.is_sparse or how.neighbours:  # else they would be 1: see textual_edges
-            adjacency = captions.get("adjacency")
-            edges = (textual_edges(words, lengths, adjacency, how.lambda_softmax, how.neighbours),)
-        images = images if "keys" in images else images | self._keys(regions)
-        return pair_scores(
-            partial(score_all, how=how),
-            partial(score_some, how=how),
-            tuple(images[name] for name in READ if name in images),
-            (words, *edges),
-            lengths,
-            (*self.textual_graph.weights(), *self.visual_graph.weights()),
-            per_dot=how.per_dot,
+        of_captions = {"words": words}
+        if self.is_sparse or config.neighbours:  # otherwise they would be 1: see textual_edges
+            graph = captions.get("adjacency"), config.lambda_softmax, config.neighbours
+            of_captions["edges"] = textual_edges(words, lengths, *graph)
+        if "keys" not in images:
+            images = images | self._keys(images["regions"])
+        read = ("regions", "keys", "norms", "edges", "region_mask")
+        of_images = {name: images[name] for name in read if name in images}
+        weights = (*self.textual_graph.weights(), *self.visual_graph.weights())
+        return pair_scores(GraphMatching(config), of_images, of_captions, lengths, weights)
+
+
+class GSMNSystem(System):
+    """What the shared programs know of GSMN."""
+
+    name, title = "gsmn", "GSMN"
+    parts = ("img_enc", "txt_enc", "visual_graph", "textual_graph")
+    defaults = {"log_step": 100, "val_step": 15000}
+    directions = ()
+    interchangeable = False
+    counts_epochs = True
+    compared = ("GSMN dense", "--lambda_softmax 20")
+    benchmarks = {"dense": "--bi_gru --lambda_softmax 20"}
+    benchmark_batch = 64  # as published
+
+    def add_options(self, group) -> None:
+        add_lambda_softmax(group)
+        group.add_argument(
+            "--is_sparse",
+            action="store_true",
+            help="textual graph of dependencies instead of the dense one",
         )
+        group.add_argument("--num_block", default=16, type=COUNT, help="blocks of the joint space")
+        group.add_argument(
+            "--feat_dim", default=16, type=COUNT, help="numbers in a node's vector: as num_block"
+        )
+        group.add_argument(
+            "--hid_dim", default=32, type=COUNT, help="numbers per node inside the graph"
+        )
+        group.add_argument("--out_dim", default=1, type=COUNT, help="outputs per node, averaged")
+        group.add_argument(
+            "--neighbours",
+            action="store_true",
+            help="a node takes up the vectors of its neighbours, as the paper says; in the "
+            "published code it sees only its own",
+        )
+
+    def check_options(self, opt) -> None:
+        if opt.is_sparse and opt.text_enc_type == "bert":
+            raise InputError(
+                "--is_sparse: its pairs are of words, but BERT reads captions as pieces of words"
+            )
+
+    def build(self, opt, vocab_size, text_encoder=None) -> GSMN:
+        return GSMN(
+            vocab_size,
+            **encoder_options(opt),
+            lambda_softmax=opt.lambda_softmax,
+            feat_dim=opt.feat_dim,
+            num_block=opt.num_block,
+            hid_dim=opt.hid_dim,
+            out_dim=opt.out_dim,
+            is_sparse=opt.is_sparse,
+            neighbours=opt.neighbours,
+            text_encoder=text_encoder,
+        )
+
+    def dataset(self, folder, split, vocab, opt) -> GraphDataset:
+        return GraphDataset(folder, split, vocab, opt.img_dim, opt.is_sparse)
+
+    def published_dataset(self, folder, split, vocab, opt, fold5: bool) -> GraphDataset:
+        """A split with the boxes of the published evaluation.  # Q9"""
+        published = {"published_batch": opt.batch_size, "published_folds": fold5}
+        return GraphDataset(folder, split, vocab, opt.img_dim, opt.is_sparse, **published)
+
+    def prepare_split(self, stem: str) -> None:
+        check_boxes_are_there(stem)
+
+    def detect(self, states) -> bool:
+        names = ("graph_", *RENAMED)
+        return len(states) == 4 and any(key.startswith(names) for key in states[2])
+
+    def rename(self, states):
+        old = re.compile("|".join(f"^{re.escape(name)}" for name in RENAMED))
+        return [
+            OrderedDict((old.sub(lambda x: RENAMED[x[0]], key), w) for key, w in state.items())
+            for state in states
+        ]
+
+    def architecture(self, states) -> dict:
+        feat_dim = states[3]["graph_convolution_3.conv_weights.0.weight"].shape[1]
+        out_dim, hid_dim = states[3]["out_2.weight_v"].shape
+        known = {"feat_dim": feat_dim, "num_block": feat_dim, "out_dim": out_dim}
+        return super().architecture(states) | known | {"hid_dim": hid_dim}
+
+    def request_image(self, image: ServedImage, opt) -> Encoding:
+        size = torch.tensor(image.size * 2)  # (4,)
+        return {"images": image.features, "boxes": image.boxes / size}
+
+    def request_caption(self, words, dependencies, opt) -> Encoding:
+        item = super().request_caption(words, dependencies, opt)
+        if not opt.is_sparse:
+            return item
+        if dependencies is None or not all(
+            0 <= x < len(words) for pair in dependencies for x in pair
+        ):
+            raise InputError(
+                "dependencies: this model needs them, [governor, dependent] from 0 (<start>) to "
+                f"{len(words) - 1} (<end>), the root's first"
+            )
+        pairs = torch.tensor(dependencies[1:], dtype=torch.long).view(-1, 2)
+        return item | {"adjacency": adjacency(len(words), pairs)}  # (W, W)

@@ -1,29 +1,39 @@
 """PFAN: regions that know where they are, and the whole image beside them.
 
 Wang et al., Position Focused Attention Network for Image-Text Matching, IJCAI 2019
-(arXiv:1907.09748). Letters: I images, C captions, R regions, W words, D joint dimension, F numbers
-a region; K blocks a region, G x G blocks an image, P numbers a block.
+(arXiv:1907.09748). Shapes: I images, C captions, R regions, W words, D joint dimension, F numbers
+per region; K blocks per region, G x G blocks per image, P numbers per block.
 
-An image is split into G x G blocks. A region comes with the K blocks that it overlaps most, and how
-much of the overlap each has (util/positions.py). Blocks are embedded; a region's position is a mean
-of its blocks' embeddings, and its vector is a projection of [region, position]. The weights of that
-mean come from attention of the region to its blocks (PFAN-A), or are the overlap itself (PFAN-P).
-The score is SCAN's; t2i adds half the aggregate of each word's largest attention weight.
+An image is split into G x G blocks. A region comes with the K blocks that it overlaps most, and
+with each block's part of the overlap (util/positions.py). Blocks are embedded. The position of a
+region is a mean of the embeddings of its blocks, and its vector is a projection of [region,
+position]. The weights of that mean come from attention of the region to its blocks (PFAN-A), or
+they are the overlap itself (PFAN-P). The score is SCAN's; t2i adds a bonus term, half the aggregate
+of each word's maximum attention weight.
 
-The whole-image variant, for news photos (Tencent-News), uses the overlap, adds that half in both
-directions, and the cosine of the projected whole image with the final state of the GRU.
+The whole-image variant, for news photos (Tencent-News), uses the overlap and the bonus term in both
+directions. It adds the cosine of the projected whole image with the final state of the GRU.
 """
 
+import math
+import os
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from model import SCAN, EncoderImage, choose, cosine, without_dropped
+from attention import cosine
+from model import SCAN, EncoderImage, without_dropped
+from pairs import Encoding
+from pfan_data import PositionDataset, WholeDataset
+from system import ServedImage, System, encoder_options, image_architecture, score_options
+from util import positions
+from util.arguments import COUNT, NOT_NEGATIVE
+from util.cli import InputError, choose
 
 
 class PositionEncoder(EncoderImage):
-    """Regions and their positions to the joint space."""
+    """Regions and their positions to the joint space, with weight_norm too (Q30)."""
 
     def __init__(
         self,
@@ -39,7 +49,7 @@ class PositionEncoder(EncoderImage):
         attends = choose({"attention": True, "only": False}, position, "position")
         if attends:
             self.fc_att = nn.Linear(img_dim, position_embed_size)
-        # The last row is for no block: a small region has less than K.
+        # The last row stands for "no block": a small region overlaps fewer than K.
         self.position_embedding = nn.Embedding(split_size**2 + 1, position_embed_size)
         self.attends = attends
 
@@ -47,7 +57,7 @@ class PositionEncoder(EncoderImage):
         """Position vectors (I, R, P) of images (I, R, F), from blocks and overlap (I, R, K).
 
         With w the overlap, v the region and e the embeddings, the weights of the mean are
-        softmax_k(w_k softmax_k(tanh((A v + b) . e_k))), blocks that are none included; or w itself.
+        softmax_k(w_k softmax_k(tanh((A v + b) . e_k))), "no block" included (Q29); or w itself.
         """
         table = self.position_embedding.weight  # (G G + 1, P)
         weights = overlap.to(table.dtype)  # (I, R, K)
@@ -55,9 +65,9 @@ class PositionEncoder(EncoderImage):
             dots = self.fc_att(images.to(table.dtype)) @ table.mT  # (I, R, G G + 1)
             focus = dots.float().gather(2, blocks).tanh().softmax(2)  # (I, R, K)
             weights = (weights * focus).softmax(2)  # (I, R, K)
-        # A sum over K rows of the table, as a product with all of it: gathered rows would be many
-        # times larger than the regions, and so would their gradient. Only "no block" may be there
-        # twice, with one and the same weight: the order in which it adds up does not matter.
+        # The sum over K rows of the table, as a product with the whole table: gathered rows, and
+        # their gradient, would be many times larger than the regions. Only "no block" can occur
+        # twice, always with the same weight, so the order of the additions does not matter.
         spread = weights.new_zeros(*blocks.shape[:2], len(table))  # (I, R, G G + 1)
         return spread.scatter_add(2, blocks, weights) @ table  # (I, R, P)
 
@@ -70,7 +80,7 @@ class PositionEncoder(EncoderImage):
 class PFAN(SCAN):
     """SCAN with positions: `position` is attention (PFAN-A) or only (PFAN-P)."""
 
-    FOCUS = {"t2i": 0.5, "i2t": 0.0}
+    BONUS = {"t2i": 0.5, "i2t": 0.0}
 
     def __init__(
         self,
@@ -88,17 +98,17 @@ class PFAN(SCAN):
         )
         super().__init__(vocab_size, image_encoder=encoder, **scan)
 
-    def encode_images(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def encode_images(self, batch: dict[str, Tensor]) -> Encoding:
         """batch['images'] (I, R, F), 'blocks', 'overlap' (I, R, K) -> {'regions': (I, R, D)}."""
         regions = self.img_enc(batch["images"], batch["blocks"], batch["overlap"])
         return without_dropped(regions, batch)
 
 
 class WholeEncoder(PositionEncoder):
-    """Regions as PositionEncoder has them, by their overlap; and a whole image's own projection.
+    """Regions with positions by their overlap, and a projection of the whole image.
 
     With `need_box_whole` the last region is the whole image: it overlaps all blocks, so its
-    position is the mean of the table.
+    position is the mean of the table (Q15).
     """
 
     def __init__(
@@ -127,7 +137,7 @@ class WholeEncoder(PositionEncoder):
         return torch.cat((position, mean.expand(len(position), 1, -1)), 1)  # (I, R, P)
 
     def whole(self, images: Tensor) -> Tensor:
-        """Whole images (I, F) -> (I, D), of any length: only cosines are taken of them."""
+        """Whole images (I, F) -> (I, D), not normalised: only cosines are taken of them."""
         return self.fc_whole(images.to(self.fc_whole.bias.dtype)).float()  # (I, D)
 
 
@@ -137,13 +147,13 @@ def cosines(x: Tensor, y: Tensor) -> Tensor:
 
 
 class PFANWhole(SCAN):
-    """The whole-image variant: its score adds lambda_whole * cos(whole image, sentence).
+    """The whole-image variant: its score adds lambda_whole * cos(whole image, sentence).  # Q33
 
     With `need_box_whole` the last region stands for the whole image. t2i then compares it with the
     sentence, which counts half, instead of with the words; in i2t it is a region like the others.
     """
 
-    FOCUS = {"t2i": 0.5, "i2t": 0.5}
+    BONUS = {"t2i": 0.5, "i2t": 0.5}
 
     def __init__(
         self,
@@ -163,28 +173,161 @@ class PFANWhole(SCAN):
         super().__init__(vocab_size, image_encoder=encoder, **scan)
         self.lambda_whole, self.need_box_whole = lambda_whole, need_box_whole
 
-    def encode_images(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def encode_images(self, batch: dict[str, Tensor]) -> Encoding:
         """As PFAN, and batch['whole'] (I, F) -> {'regions': (I, R, D), 'whole': (I, D)}."""
         regions = self.img_enc(batch["images"], batch["blocks"], batch["overlap"])
         return without_dropped(regions, batch) | {"whole": self.img_enc.whole(batch["whole"])}
 
-    def encode_captions(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """As SCAN, and 'sentence' (C, D): the final state of the GRU."""
+    def encode_captions(self, batch: dict[str, Tensor]) -> Encoding:
+        """As SCAN, and 'sentence' (C, D): the final state of the GRU.  # Q22"""
         words, sentence = self.txt_enc.words_and_sentence(batch["captions"], batch["lengths"])
         return {"words": words, "lengths": batch["lengths"], "sentence": sentence}
 
     def similarity(
-        self,
-        images: dict[str, Tensor],
-        captions: dict[str, Tensor],
-        cross_attn: str | None = None,
+        self, images: Encoding, captions: Encoding, cross_attn: str | None = None
     ) -> Tensor:
         """Scores (I, C) of every encoded image with every encoded caption; see SCAN."""
         sentence, regions = captions["sentence"], images["regions"]
         scores = self.lambda_whole * cosines(images["whole"], sentence)  # (I, C)
-        words_query = self.how.words_query if cross_attn is None else cross_attn == "t2i"
-        if self.need_box_whole and words_query:
+        if self.need_box_whole and (cross_attn or self.config.cross_attn) == "t2i":
             scores = scores + 0.5 * cosines(regions[:, -1], sentence)  # (I, C)
-            names = images.keys() & {"regions", "inside"}
+            names = images.keys() & {"regions", "region_mask"}
             images = images | {name: images[name][:, :-1] for name in names}
         return scores + super().similarity(images, captions, cross_attn)  # (I, C)
+
+
+class PFANSystem(System):
+    """What the shared programs know of PFAN."""
+
+    name, title = "pfan", "PFAN"
+    counts_epochs = True
+    compared = ("PFAN-A t-i AVG", "--agg_func Mean --lambda_softmax 9")
+    benchmarks = {"t2i": "--bi_gru --agg_func Mean --lambda_softmax 9"}
+
+    def add_options(self, group) -> None:
+        super().add_options(group)
+        group.add_argument(
+            "--split_size", default=16, type=COUNT, help="blocks along a side of the image"
+        )
+        group.add_argument(
+            "--n_blocks",
+            default=15,
+            type=COUNT,
+            help="blocks that serve.py gives a region; training takes as many as the file holds",
+        )
+        group.add_argument(
+            "--position_embed_size", default=200, type=COUNT, help="numbers per block"
+        )
+        self.add_own_options(group)
+
+    def add_own_options(self, group) -> None:
+        """The flags that the whole-image variant does not share."""
+        group.add_argument(
+            "--position",
+            default="attention",
+            help="attention (PFAN-A: regions attend to their blocks) | only (PFAN-P: the overlap)",
+        )
+
+    def build(self, opt, vocab_size, text_encoder=None) -> PFAN:
+        return PFAN(
+            vocab_size,
+            position=opt.position,
+            split_size=opt.split_size,
+            position_embed_size=opt.position_embed_size,
+            **encoder_options(opt),
+            **score_options(opt),
+            text_encoder=text_encoder,
+        )
+
+    def dataset(self, folder, split, vocab, opt) -> PositionDataset:
+        return PositionDataset(folder, split, vocab, opt.img_dim, opt.split_size)
+
+    def prepare_split(self, stem: str) -> None:
+        if not os.path.isfile(f"{stem}_boxes.npy"):
+            positions.convert(stem)
+
+    def detect(self, states) -> bool:
+        return "position_embedding.weight" in states[0] and "fc_whole.weight" not in states[0]
+
+    def architecture(self, states) -> dict:
+        position = "attention" if "fc_att.weight" in states[0] else "only"
+        return self.position_architecture(states) | {"position": position}
+
+    def position_architecture(self, states) -> dict:
+        """What the weights tell of either variant."""
+        rows, size = states[0]["position_embedding.weight"].shape
+        img_dim = image_architecture(states[0])["img_dim"] - size
+        known = {"img_dim": img_dim, "split_size": math.isqrt(rows - 1)}
+        return super().architecture(states) | known | {"position_embed_size": size}
+
+    def request_image(self, image: ServedImage, opt) -> Encoding:
+        boxes, n = image.boxes[None].numpy(), opt.n_blocks
+        table = positions.find_blocks(boxes, [image.size], opt.split_size, n)[0]  # (R, 2 K)
+        ids, overlap = torch.from_numpy(table).chunk(2, 1)  # (R, K)
+        item = {"images": image.features, "blocks": ids.long()}
+        return item | {"overlap": overlap.contiguous()}
+
+
+class PFANWholeSystem(PFANSystem):
+    """What the shared programs know of PFAN's whole-image variant."""
+
+    name, title = "pfan_whole", "PFAN with whole images"
+    defaults = {"embed_size": 512}
+    interchangeable = False
+    reads_whole = True
+    compared = None  # it needs vectors of whole images
+    benchmarks = {}
+
+    def add_own_options(self, group) -> None:
+        group.add_argument(
+            "--lambda_whole",
+            default=1.0,
+            type=NOT_NEGATIVE,
+            help="weight of the whole image's cosine",
+        )
+        group.add_argument(
+            "--need_box_whole", action="store_true", help="the last region is the whole image"
+        )
+
+    def build(self, opt, vocab_size, text_encoder=None) -> PFANWhole:
+        return PFANWhole(
+            vocab_size,
+            lambda_whole=opt.lambda_whole,
+            need_box_whole=opt.need_box_whole,
+            split_size=opt.split_size,
+            position_embed_size=opt.position_embed_size,
+            **encoder_options(opt),
+            **score_options(opt),
+            text_encoder=text_encoder,
+        )
+
+    def dataset(self, folder, split, vocab, opt) -> WholeDataset:
+        where = folder, split, vocab, opt.img_dim, opt.split_size
+        return WholeDataset(*where, need_box_whole=opt.need_box_whole)
+
+    def vocab_file(self, folder: str, data_name: str) -> str:
+        """{data_name}_sent_vocab.json, unless only the other models' file exists."""
+        path = super().vocab_file(folder, data_name)
+        sent = os.path.join(folder, f"{data_name}_sent_vocab.json")
+        return sent if os.path.isfile(sent) or not os.path.isfile(path) else path
+
+    def vocabulary(self, vocab, opt):
+        """Unknown words have the id of <pad>, as published.  # Q22b"""
+        vocab = super().vocabulary(vocab, opt)
+        vocab.unknown = "<pad>"
+        return vocab
+
+    def detect(self, states) -> bool:
+        return "fc_whole.weight" in states[0]
+
+    def architecture(self, states) -> dict:
+        return self.position_architecture(states)
+
+    def request_image(self, image: ServedImage, opt) -> Encoding:
+        regions = image
+        if opt.need_box_whole:  # the last region is the whole image, which has no blocks
+            regions = image._replace(boxes=image.boxes[:-1])
+            if not len(regions.boxes):
+                raise InputError("one region; the last one is the whole image")
+        item = super().request_image(regions, opt)
+        return item | {"whole": image.whole}
