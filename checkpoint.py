@@ -1,15 +1,13 @@
 """Options to a model; model and run state to a file and back; published checkpoints.
 
 A checkpoint is a dict with the published keys `epoch` (the last one finished), `model` (a list of
-state dicts), `best_rsum`, `opt` (argparse.Namespace) and `Eiters`; ours add `vocab` and `run` (what
-an exact resume needs).
+state dicts), `best_rsum`, `opt` (argparse.Namespace) and `Eiters`; ours add `vocab` and `run` (the
+rest of what an exact resume needs). `opt.model` of ours says which system wrote it.
 """
 
 import argparse
 import contextlib
 import glob
-import inspect
-import math
 import numbers
 import os
 import pickle
@@ -23,32 +21,13 @@ import torch
 from torch import nn
 
 import options
-from bert import CONFIG, EncoderTextBert, WordPieces, complete_config, infer_config
-from chan import CHAN
-from gsmn import GSMN
-from model import SCAN
-from pfan import PFAN, PFANWhole
+import systems
+from bert import CONFIG, PIECES, EncoderTextBert, WordPieces, complete_config
+from system import System
 from util.cli import InputError
-from vocab import UNICODE, Vocabulary, deserialize_vocab
+from vocab import Vocabulary, deserialize_vocab
 
-# Their arguments are options of the same names.
-MODELS = {"scan": SCAN, "gsmn": GSMN, "pfan": PFAN, "pfan_whole": PFANWhole, "chan": CHAN}
-
-# The parts of a model in the order of the published list of state dicts.
-PARTS = {
-    "scan": ("img_enc", "txt_enc"),
-    "gsmn": ("img_enc", "txt_enc", "visual_graph", "textual_graph"),
-    "pfan": ("img_enc", "txt_enc"),
-    "pfan_whole": ("img_enc", "txt_enc"),
-    "chan": ("img_enc", "txt_enc", "sim_enc", "criterion"),
-}
-
-PIECES = "bert.embeddings.word_embeddings.weight"  # in place of embed.weight
-
-# GSMN's convolutions under the names of its later revision.
-RENAMED = {"vGNN.": "graph_convolution_1.", "tGNN.": "graph_convolution_3."}
-
-# What published files hold beside tensors. Nothing here runs code of the file's choosing.
+# What published files hold besides tensors. Nothing here runs code of the file's choosing.
 SAFE = [argparse.Namespace, np.dtype, np.float64, np.float32, np.int64]
 SAFE += [type(np.dtype(name)) for name in ("float64", "float32", "int64")]
 # numpy's rebuilder of scalars, under the names that numpy 1 and numpy 2 gave its module.
@@ -59,33 +38,39 @@ SAFE += [
 
 def build_model(opt: argparse.Namespace, vocab_size: int) -> nn.Module:
     """The model that the options describe, freshly initialised from torch's random state."""
-    kind = MODELS[opt.model]
-    takes = set()  # its own arguments, and those that it passes on to what it is derived from
-    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
-        takes |= inspect.signature(base).parameters.keys()
-    names = takes & options.defaults(opt.model).keys()
-    given = {name: getattr(opt, name) for name in names}
+    text_encoder = None
     if opt.text_enc_type == "bert":
         try:
-            given["text_encoder"] = EncoderTextBert(opt.bert_config, opt.embed_size, opt.no_txtnorm)
+            text_encoder = EncoderTextBert(opt.bert_config, opt.embed_size, opt.no_txtnorm)
         except InputError:  # the library is not there
             raise
         except Exception as error:  # the library checks with errors of its own
             raise InputError(f"BERT's configuration {opt.bert_config}: {error}") from None
+    system = systems.of(opt)
     try:
-        return kind(vocab_size, **given)
+        model = system.build(opt, vocab_size, text_encoder)
     except ValueError as error:  # an unknown variant, named by the model
         raise InputError(f"--{str(error).removeprefix('unknown ')}") from None
+    if text_encoder is not None and all(module is not text_encoder for module in model.modules()):
+        raise InputError(f"--text_enc_type bert: {system.name} takes no text encoder but its own")
+    # A checkpoint holds the parts only: other weights would be lost.
+    lost = {name for name in model.state_dict() if name.partition(".")[0] not in system.parts}
+    if lost:
+        raise InputError(
+            f"{system.name}: weights outside of its parts {', '.join(system.parts)}, such as "
+            f"{min(lost)}, would not be saved; name their modules in `parts` of its System"
+        )
+    return model
 
 
-def state_dicts(model: nn.Module, system: str) -> list[dict]:
+def state_dicts(model: nn.Module, opt: argparse.Namespace) -> list[dict]:
     """The model's weights as the published list of state dicts."""
-    return [getattr(model, part).state_dict() for part in PARTS[system]]
+    return [getattr(model, part).state_dict() for part in systems.of(opt).parts]
 
 
 def load_weights(model: nn.Module, checkpoint: dict, path: str) -> None:
     """Copy a checkpoint's weights into the model; a clear InputError where they do not fit."""
-    parts = PARTS[checkpoint["opt"].model]
+    parts = systems.of(checkpoint["opt"]).parts
     for name, state in zip(parts, checkpoint["model"], strict=True):
         part = getattr(model, name)
         own = part.state_dict()
@@ -111,54 +96,10 @@ def load_weights(model: nn.Module, checkpoint: dict, path: str) -> None:
         part.load_state_dict(state)
 
 
-def recognise(states: list[dict]) -> str:
-    """The system a list of state dicts belongs to."""
-    if len(states) == 4:
-        return "gsmn" if any(key.startswith("graph_") for key in states[2]) else "chan"
-    if "position_embedding.weight" in states[0]:
-        return "pfan_whole" if "fc_whole.weight" in states[0] else "pfan"
-    return "scan"
+def read(path: str, device: str | torch.device = "cpu") -> dict:
+    """What a checkpoint file holds, ours or published. Raises FileNotFoundError or InputError.
 
-
-def read_architecture(states: list[dict]) -> dict:
-    """The options that the names and shapes of the weights tell."""
-    image, text, *graphs = states
-    weight = image.get("fc.weight", image.get("fc.weight_v"))
-    known = {
-        "img_dim": weight.shape[1],
-        "embed_size": weight.shape[0],
-        "precomp_enc_type": "weight_norm" if "fc.weight_v" in image else "basic",
-    }
-    if PIECES in text:
-        known |= {"text_enc_type": "bert", "bert_config": infer_config(text)}
-    else:
-        layers = [key for key in text if key.startswith("rnn.weight_ih") and "reverse" not in key]
-        known |= {"word_dim": text["embed.weight"].shape[1], "num_layers": len(layers)}
-        known |= {"bi_gru": "rnn.weight_ih_l0_reverse" in text, "text_enc_type": "bigru"}
-    if "position_embedding.weight" in image:
-        rows, known["position_embed_size"] = image["position_embedding.weight"].shape
-        known["split_size"] = math.isqrt(rows - 1)
-        known["img_dim"] -= known["position_embed_size"]
-        if "fc_whole.weight" not in image:
-            known["position"] = "attention" if "fc_att.weight" in image else "only"
-    if recognise(states) == "chan":
-        known.pop("bi_gru", None)
-        known["precomp_enc_type"] = "basic"
-        if any(name.startswith("feedforward.") for name in image):
-            mlp = "feedforward.mlp.c_fc.weight" in image
-            known["precomp_enc_type"] = "transformer" if mlp else "selfattention"
-    elif graphs:
-        conv = graphs[1]["graph_convolution_3.conv_weights.0.weight"]
-        known["feat_dim"] = known["num_block"] = conv.shape[1]
-        known["out_dim"], known["hid_dim"] = graphs[1]["out_2.weight_v"].shape
-    return known
-
-
-def load(path: str, device: str | torch.device = "cpu") -> dict:
-    """Read a checkpoint, ours or published (zip or legacy serialisation, Python 2 or 3).
-
-    Options that the file lacks come from the shapes of its weights, then from the paper's defaults.
-    Nothing is unpickled but tensors and plain values. Raises FileNotFoundError or InputError.
+    Nothing is unpickled except tensors and plain values.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such checkpoint")
@@ -178,31 +119,48 @@ def load(path: str, device: str | torch.device = "cpu") -> dict:
             f"{path}: not a checkpoint, or a damaged one ({type(error).__name__}); copy it again"
         ) from None
     check_contents(checkpoint, path)
-    checkpoint["model"] = [
-        OrderedDict(
-            (re.sub(r"^[vt]GNN\.", lambda m: RENAMED[m[0]], key), x)
-            for key, x in state.items()
-            if key != "bert.embeddings.position_ids"  # 0, 1, ...: stored by transformers once
-        )
-        for state in checkpoint["model"]
-    ]
-    system = recognise(checkpoint["model"])
-    if system != "scan" and "run" not in checkpoint:
-        checkpoint["epoch"] = checkpoint.get("epoch", 0) - 1  # published: how many are finished
-    filled = options.defaults(system)
+    return checkpoint
+
+
+def load(path: str, device: str | torch.device = "cpu") -> dict:
+    """Read a checkpoint, ours or published (zip or legacy serialisation, Python 2 or 3).
+
+    Ours say which system wrote them. Published ones do not: they are recognised by their weights,
+    and options that they lack come from the shapes of the weights, then from the paper's defaults.
+    Raises FileNotFoundError or InputError.
+    """
+    checkpoint = read(path, device)
     stored = {name: x for name, x in vars(checkpoint["opt"]).items() if x is not None}
+    states, known = [OrderedDict(state) for state in checkpoint["model"]], {}
+    if "model" in stored:
+        try:
+            system = systems.of(checkpoint["opt"])
+        except InputError as error:
+            raise InputError(f"{path}: {error}; is it of a newer version, or a fork?") from None
+        if len(states) != len(system.parts):
+            raise InputError(
+                f"{path}: {len(states)} state dicts, expected those of {system.name}: "
+                f"{', '.join(system.parts)}"
+            )
+    else:
+        # Position ids 0, 1, ... were once stored by transformers.
+        states = [
+            OrderedDict(
+                (name, x) for name, x in state.items() if name != "bert.embeddings.position_ids"
+            )
+            for state in states
+        ]
+        system, known = recognise_published(states, path)
+        states = system.rename(states)
+        if system.counts_epochs and "run" not in checkpoint:
+            checkpoint["epoch"] = checkpoint.get("epoch", 0) - 1  # Q39
+    checkpoint["model"] = states
+    filled = options.defaults(system.name)
     for name in filled.keys() & stored.keys():
         if isinstance(stored[name], str) != isinstance(filled[name], str):
             raise InputError(
                 f"{path}: its option {name} is {stored[name]!r}, expected such as {filled[name]!r}"
             )
-    try:
-        architecture = read_architecture(checkpoint["model"])
-    except (KeyError, ValueError, IndexError) as error:
-        raise InputError(
-            f"{path}: a checkpoint of {system} without all its weights, or with odd ones "
-            f"({type(error).__name__}: {error}); copy it again"
-        ) from None
     config = stored.get("bert_config", dict.fromkeys(CONFIG, 0))
     if (
         not isinstance(config, dict)
@@ -210,101 +168,100 @@ def load(path: str, device: str | torch.device = "cpu") -> dict:
         or not all(isinstance(x, (int, float, str)) for x in config.values())
     ):
         raise InputError(f"{path}: its bert_config is {config!r}, expected {', '.join(CONFIG)}")
-    sure = {"model": system, "text_enc_type": architecture["text_enc_type"]}
-    filled |= architecture | stored | sure
+    filled |= known | stored | {"model": system.name}
+    names = {name for state in states for name in state}
+    if {PIECES, "embed.weight"} & names:  # the weights tell it for sure
+        filled["text_enc_type"] = "bert" if PIECES in names else "bigru"
     checkpoint["opt"] = argparse.Namespace(**filled)
     return checkpoint
 
 
+def recognise_published(states: list[dict], path: str) -> tuple[System, dict]:
+    """The system that a published checkpoint's weights belong to, and the options they tell."""
+    image, text = (states + [{}, {}])[:2]
+    if (
+        not {"fc.weight", "fc.weight_v"} & image.keys()
+        or not {"embed.weight", PIECES} & text.keys()
+    ):
+        raise InputError(
+            f"{path}: not a checkpoint of this family: expected weights named fc.weight and "
+            "embed.weight in the first two state dicts"
+        )
+    system = next((x for x in systems.SYSTEMS.values() if x.detect(states)), None)
+    if system is None:
+        raise InputError(
+            f"{path}: its {len(states)} state dicts are those of no published system: "
+            f"{', '.join(systems.SYSTEMS)}"
+        )
+    try:
+        return system, system.architecture(system.rename(states))
+    except (KeyError, ValueError, IndexError) as error:
+        raise InputError(
+            f"{path}: a checkpoint of {system.name} without all its weights, or with odd ones "
+            f"({type(error).__name__}: {error}); copy it again"
+        ) from None
+
+
+def word_rows(checkpoint: dict) -> int | None:
+    """How many words (or pieces of words) the text encoder has rows for, if it is one of ours."""
+    for state in checkpoint["model"]:
+        for name in (PIECES, "embed.weight"):
+            if name in state:
+                return len(state[name])
+    return None
+
+
 def check_contents(checkpoint: dict, path: str) -> None:
-    """Refuse what is not a published-style dict of state dicts and options."""
+    """Refuse everything but a published-style dict of state dicts and options."""
     what = None
     if not isinstance(checkpoint, dict) or not {"model", "opt"} <= checkpoint.keys():
         what = "a dict with 'model' and 'opt'"
     elif not isinstance(checkpoint["opt"], argparse.Namespace):
         what = "'opt' to be an argparse.Namespace"
-    else:
-        states = checkpoint["model"]
-        if not isinstance(states, (list, tuple)) or len(states) not in (2, 4):
-            what = "'model' to be a list of two or four state dicts"
-        elif not all(
-            isinstance(state, dict) and all(isinstance(x, torch.Tensor) for x in state.values())
-            for state in states
-        ):
-            what = "dicts of tensors in 'model'"
-        elif not {"fc.weight", "fc.weight_v"} & states[0].keys() or (
-            not {"embed.weight", PIECES} & states[1].keys() and len(states) == 2
-        ):
-            what = "weights named fc.weight and embed.weight in the first two state dicts"
-        elif not isinstance(checkpoint.get("epoch", -1), numbers.Integral):
-            what = "'epoch' to be a number"
+    elif not isinstance(checkpoint["model"], (list, tuple)):
+        what = "'model' to be a list of state dicts"
+    elif not all(
+        isinstance(state, dict) and all(isinstance(x, torch.Tensor) for x in state.values())
+        for state in checkpoint["model"]
+    ):
+        what = "dicts of tensors in 'model'"
+    elif not isinstance(checkpoint.get("epoch", -1), numbers.Integral):
+        what = "'epoch' to be a number"
     if what:
         raise InputError(f"{path}: not a checkpoint of this family: expected {what}")
-
-
-def vocab_file(opt: argparse.Namespace, folder: str) -> str:
-    """The vocabulary file in a folder: {data_name}_vocab.json.
-
-    The whole-image variant of PFAN has its own, {data_name}_sent_vocab.json, where there is one.
-    CHAN's is coco_precomp_vocab.json or f30k_precomp_vocab.json, unless there is one of that name.
-    """
-    path = os.path.join(folder, f"{opt.data_name}_vocab.json")
-    sent = os.path.join(folder, f"{opt.data_name}_sent_vocab.json")
-    own = opt.model == "pfan_whole" and (os.path.isfile(sent) or not os.path.isfile(path))
-    if opt.model == "chan" and not os.path.isfile(path):
-        kind = "coco" if "coco" in opt.data_name else "f30k"
-        shared = os.path.join(folder, f"{kind}_precomp_vocab.json")
-        return shared if os.path.isfile(shared) else path
-    return sent if own else path
-
-
-def as_read(vocab: Vocabulary, opt: argparse.Namespace) -> Vocabulary:
-    """The vocabulary as the system reads words, as published.
-
-    PFAN's whole-image variant takes unknown words for <pad>; CHAN has a word more, <mask>, and so
-    has any system that was trained with --drop. Words of a published vocabulary are lowered as
-    bytes by all but CHAN, which is a program for Python 3.
-    """
-    if opt.model == "chan" and vocab.tokenizer is None:
-        vocab.lower = UNICODE
-    if opt.model == "chan" or opt.drop:
-        vocab.add_word(vocab.mask)
-    vocab.unknown = "<pad>" if opt.model == "pfan_whole" else "<unk>"
-    return vocab
 
 
 def find_vocab(
     checkpoint: dict, path: str, vocab_path: str | os.PathLike | None = None
 ) -> Vocabulary | WordPieces:
-    """The vocabulary a checkpoint was trained with.
+    """The vocabulary that a checkpoint was trained with.
 
-    Looked for in the checkpoint itself, at `vocab_path` (a folder or a file), in the folder that
-    its options name, from here and from the project. A checkpoint belongs to its vocabulary: raises
-    InputError where one at `vocab_path` differs from the checkpoint's own, or has not as many words
-    as the word embedding has rows. BERT's pieces, if they are not in the checkpoint, are looked for
-    at `vocab_path`, then at `bert_path` of its options.
+    It is looked for in the checkpoint itself, at `vocab_path` (a folder or a file), and in the
+    folder that its options name, seen from the current folder and from the project's. A checkpoint
+    belongs to its vocabulary (Q24): raises InputError if one at `vocab_path` differs from the
+    checkpoint's own, or has not as many words as the word embedding has rows. BERT's pieces, if
+    they are not in the checkpoint, are looked for at `vocab_path`, then at `bert_path` of its
+    options.
     """
-    opt = checkpoint["opt"]
-    own, stored = None, checkpoint.get("vocab")
+    opt, rows = checkpoint["opt"], word_rows(checkpoint)
+    own, stored, system = None, checkpoint.get("vocab"), systems.of(opt)
     if opt.text_enc_type == "bert":
-        rows = len(checkpoint["model"][1][PIECES])
         return find_pieces(stored, path, vocab_path, opt.bert_path, rows)
     if stored is None and isinstance(getattr(opt, "word2idx", None), dict):
         stored = {"word2idx": opt.word2idx}  # published CHAN, if it started from word vectors
     if stored is not None:
-        own = vocab = as_read(Vocabulary.from_state_dict(stored, path), opt)
+        own = vocab = system.vocabulary(Vocabulary.from_state_dict(stored, path), opt)
         source = path
     if own is None or vocab_path:
         here = os.path.dirname(os.path.abspath(__file__))
         places = [opt.vocab_path, os.path.join(here, opt.vocab_path)]
         places = [os.fspath(vocab_path)] if vocab_path else places
-        files = [p if p.endswith(".json") else vocab_file(opt, p) for p in places]
+        files = [p if p.endswith(".json") else system.vocab_file(p, opt.data_name) for p in places]
         source = next((file for file in files if os.path.isfile(file)), files[0])
-        vocab = as_read(deserialize_vocab(source), opt)
+        vocab = system.vocabulary(deserialize_vocab(source), opt)
         if own is not None and own.mask in own.word2idx:  # once trained with --drop
             vocab.add_word(vocab.mask)
-    rows = checkpoint["model"][1]["embed.weight"].shape[0]
-    if len(vocab) != rows:
+    if rows is not None and len(vocab) != rows:
         raise InputError(
             f"{source}: {len(vocab)} words, but {path} was trained with {rows}; give --vocab_path "
             "the folder of the vocabulary file that the checkpoint came with"
@@ -320,9 +277,9 @@ def find_vocab(
 def find_pieces(
     stored: dict | None, path: str, vocab_path: str | os.PathLike | None, bert_path: str, rows: int
 ) -> WordPieces:
-    """The WordPiece tokens of a checkpoint whose BERT has so many rows for them.
+    """The WordPiece tokens of a checkpoint whose BERT has `rows` rows for them.
 
-    If it does not hold them, as published ones do not: those of the BERT at `vocab_path`, or else
+    Published checkpoints do not hold them: then they are those of the BERT at `vocab_path`, or else
     at `bert_path`.
     """
     if stored is not None:
@@ -343,8 +300,8 @@ def find_pieces(
 def find_bert_config(checkpoint: dict, path: str, source: str | os.PathLike | None = None) -> dict:
     """The configuration of a checkpoint's BERT.
 
-    Ours hold it. For a published one it is that of the BERT at `source`, or else at `bert_path` of
-    its options; see complete_config.
+    Our checkpoints hold it. For a published one it is that of the BERT at `source`, or else at
+    `bert_path` of its options; see complete_config.
     """
     opt = checkpoint["opt"]
     if opt.bert_config.keys() == set(CONFIG):

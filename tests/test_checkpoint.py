@@ -1,4 +1,4 @@
-"""What loads, what is filled in, what is refused, and that nothing in a file runs."""
+"""Which checkpoints load, what is filled in, what is refused; no code in a file runs."""
 
 import argparse
 import collections
@@ -65,7 +65,7 @@ def test_numpy_numbers_are_admitted(published):
 
 @pytest.mark.parametrize("core", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
 def test_numpy_numbers_of_both_majors(tmp_path, published, core):
-    """A pickle names the module by the numpy that wrote it."""
+    """The module name in a pickle depends on the numpy that wrote it."""
     path = published(
         lambda state: state.update(best_rsum=np.float64(12.5)),
         _use_new_zipfile_serialization=False,
@@ -100,7 +100,7 @@ def test_old_weight_norm_scalar_of_one_element(published):
 
 
 def test_old_tensor_pickles(published, monkeypatch):
-    """PyTorch 0.3 rebuilt tensors by `_rebuild_tensor`, with no stride of gradients."""
+    """PyTorch 0.3 rebuilt tensors with `_rebuild_tensor`, which takes fewer arguments."""
 
     def reduce(self, protocol):
         arguments = self._typed_storage(), 0, tuple(self.shape), self.stride()
@@ -247,7 +247,7 @@ def test_vocabulary_of_another_size_is_refused(published):
 
 def test_vocabulary_places(published, monkeypatch):
     path = os.path.abspath(published())
-    want = evaluation.evalrank(path, split="test")  # where the options say
+    want = evaluation.evalrank(path, split="test")  # in the folder that the options name
     os.makedirs("moved/sub")
     shutil.move("vocab/tiny_precomp_vocab.json", "moved/v.json")
     data = os.path.abspath("data")
