@@ -1,14 +1,15 @@
-"""COCO's 5,000 test images with what else is right: ECCV Caption, CxC and PMRP, beside Recall@K.
+"""Recall@K, ECCV Caption, CxC and PMRP on COCO's 5,000 test images.
 
     python extended.py runs/coco/model_best.pth.tar --data_path data      # the split testall
     python extended.py A.pth.tar B.pth.tar ...                            # their mean score
     python extended.py a.npy --ids data/coco_precomp                      # a saved score matrix
     python extended.py --write_ids data/coco_precomp                      # the ids that it needs
 
-Most captions suit more images than the one they were written for. ECCV Caption (Chun et al., ECCV
-2022, arXiv:2204.03359) and Crisscrossed Captions, CxC (Parekh et al., EACL 2021, arXiv:2004.15020)
-are judged by people, Plausible Match (Chun et al., CVPR 2021, arXiv:2101.05068) by object classes;
-the package eccv_caption holds the first two. Letters: N images, M = k N captions.
+Most captions suit more images than the one they were written for. For ECCV Caption (Chun et al.,
+ECCV 2022, arXiv:2204.03359) and Crisscrossed Captions, CxC (Parekh et al., EACL 2021,
+arXiv:2004.15020), people judged the other matches. Plausible Match, PMRP (Chun et al., CVPR 2021,
+arXiv:2101.05068) derives them from object classes. The package eccv_caption holds the first two.
+Shapes: N images, M = k N captions.
 """
 
 import argparse
@@ -26,21 +27,24 @@ from torch import Tensor, nn
 
 import checkpoint as ckpt
 import evaluation
+import systems
 from data import PrecompDataset
+from pairs import Encoding
 from util.cli import InputError, progress, run
-from vocab import read_captions
+from util.coco_ids import as_ids, check_ids, read_ids, read_pair_of_ids  # noqa: F401
+from util.devices import pick_device
 
 KS = (1, 5, 10)
 PLAUSIBLE = "pm_image_to_caption.json", "pm_caption_to_image.json"
-# CxC's annotations of one modality, and from which mean of people's marks (0 to 5) two are alike.
+# CxC within one modality: the file, and the least mean mark (0 to 5) of two items that are alike.
 CXC = {"i2i": ("cxc_i2i.json", 2.5), "t2t": ("cxc_t2t.json", 3.0)}
 
 
 def package(extra_path: str | None = None):
-    """eccv_caption's Metrics, with Plausible Match's judgements if a folder holds their files."""
+    """The Metrics of eccv_caption, with Plausible Match if `extra_path` holds both of its files."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that ujson would be faster
+            warnings.simplefilter("ignore")  # it recommends ujson
             import eccv_caption
     except ImportError:
         raise InputError(
@@ -50,7 +54,7 @@ def package(extra_path: str | None = None):
     there = [path for path in files if os.path.isfile(path)]
     if len(there) == 1:
         (missing,) = set(files) - set(there)
-        raise InputError(f"{missing}: no such file, but {there[0]} is there; PMRP needs both")
+        raise InputError(f"{missing}: no such file, but {there[0]} exists; PMRP needs both")
     try:
         return eccv_caption.Metrics(extra_file_dir=extra_path if there else None)
     except (ValueError, AttributeError, TypeError) as error:
@@ -60,9 +64,9 @@ def package(extra_path: str | None = None):
 
 
 def top(scores: np.ndarray, queries: Sequence[int], items: Sequence[int], k: int) -> dict:
-    """Of each row's query id the ids of the k columns that score best, best first.
+    """For each row's query id, the ids of the k columns with the highest scores, best first.
 
-    Which of equal scores comes first is left open.
+    Equal scores come in any order.
     """
     items, ranked = np.asarray(items), {}
     for start in progress(range(0, len(scores), 256), "ranking"):
@@ -80,13 +84,13 @@ def coco_metrics(
     extra_path: str | None = None,
     judge=None,
 ) -> dict[str, dict[str, float]]:
-    """What eccv_caption says of scores (N, M) of COCO's 5,000 test images, in percent.
+    """The metrics of eccv_caption, in percent, for scores (N, M) of COCO's 5,000 test images.
 
-    Ids of the images (N,), or (M,) as the captions have them, and of the captions (M,), image by
-    image. Returns {'eccv_map_at_r': {'i2t', 't2i'}, 'eccv_rprecision', 'eccv_r1', 'cxc_r1',
-    'cxc_r5', 'cxc_r10'}, and 'pmrp' if `extra_path` holds its two files. `judge` is what `package`
-    gave for that path, if it was read before. Raises InputError on ids that are not those, and on
-    NaN.
+    `image_ids` holds one id per image (N,) or per caption (M,); `caption_ids` holds one id per
+    caption (M,), image by image. Returns {'eccv_map_at_r': {'i2t', 't2i'}, 'eccv_rprecision',
+    'eccv_r1', 'cxc_r1', 'cxc_r5', 'cxc_r10'}, and 'pmrp' if `extra_path` holds its two files.
+    `judge` is the result of package(extra_path), if it was read before. Raises InputError on other
+    ids and on NaN.
     """
     judge = judge or package(extra_path)
     image_ids, caption_ids = as_ids(image_ids, caption_ids)
@@ -117,60 +121,6 @@ def coco_metrics(
     }
 
 
-def as_ids(
-    image_ids: Sequence[int | str], caption_ids: Sequence[int | str]
-) -> tuple[list[int], list[int]]:
-    """Ids as numbers, those of images once each, though they be given for each caption."""
-    images, captions = ([int(x) for x in ids] for ids in (image_ids, caption_ids))
-    return list(dict.fromkeys(images)) if len(images) == len(captions) else images, captions
-
-
-def check_ids(image_ids: Sequence[int], caption_ids: Sequence[int], judge) -> None:
-    """Refuse ids that are not those of COCO's 5,000 test images, each caption with its image."""
-    of_image = judge.coco_gts["t2i"]
-    if not len(image_ids) or len(caption_ids) % len(image_ids):
-        raise InputError(f"ids of {len(image_ids)} images and {len(caption_ids)} captions")
-    missing = of_image.keys() - set(caption_ids)
-    if missing or len(caption_ids) != len(of_image):
-        raise InputError(
-            f"{len(of_image) - len(missing)} of COCO's {len(of_image):,} test captions among "
-            f"{len(caption_ids)}; these figures are of all of them, the split testall"
-        )
-    k = len(caption_ids) // len(image_ids)
-    for row, caption in enumerate(caption_ids):
-        if image_ids[row // k] not in of_image[caption]:
-            raise InputError(
-                f"caption {row} (from 0) has id {caption}, which COCO wrote for image "
-                f"{of_image[caption][0]}, but its image here has id {image_ids[row // k]}: the ids "
-                "are in another order than the captions"
-            )
-
-
-def read_ids(path: str | os.PathLike) -> list[int]:
-    """A file of COCO ids, one a line."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f"{path}: no such file; it holds COCO's ids, one a line, in the order of the captions "
-            "(_ids.txt: of their images). The cxc_annots of VSE-infinity and CHAN hold both; for "
-            "testall as packed for SCAN `python extended.py --write_ids FOLDER` writes both"
-        )
-    ids = []
-    for row, line in enumerate(read_captions(path), 1):
-        if not line.isdecimal():
-            raise InputError(f"{path}: line {row} is {line[:40]!r}, expected an id of COCO")
-        ids.append(int(line))
-    return ids
-
-
-def read_pair_of_ids(folder: str | os.PathLike, split: str) -> tuple[list[int], list[int]]:
-    """Ids of the images (N,), from `{split}_ids.txt`, and of the captions, `{split}_capids.txt`.
-
-    The first has a line an image, or a caption.
-    """
-    files = (os.path.join(folder, f"{split}_{name}.txt") for name in ("ids", "capids"))
-    return as_ids(*map(read_ids, files))
-
-
 def write_ids(folder: str | os.PathLike) -> None:
     """Write testall_ids.txt and testall_capids.txt from the package, in Karpathy's order."""
     judge = package()
@@ -181,14 +131,14 @@ def write_ids(folder: str | os.PathLike) -> None:
         path = Path(folder) / name
         text = "".join(f"{x}\n" for x in ids)
         if path.exists() and path.read_text() != text:
-            raise InputError(f"{path}: is there and differs; move it away first")
+            raise InputError(f"{path}: exists with other content; move it away first")
     for name, ids in files.items():
         (Path(folder) / name).write_text("".join(f"{x}\n" for x in ids))
         print(f"{Path(folder) / name}: {len(ids)} ids, in Karpathy's order, as packed for SCAN")
 
 
-def image_rows(model: nn.Module, images: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Scores (n, N) of some images with all images, whose regions stand for words."""
+def image_rows(model: nn.Module, images: Encoding) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield positions (n,) of images and their scores (n, N) with all; regions act as words."""
     regions = images["regions"]  # (N, R, D)
     lengths = torch.full((len(regions),), regions.size(1))  # (N,)
     captions = {"words": regions, "lengths": lengths}
@@ -197,10 +147,8 @@ def image_rows(model: nn.Module, images: dict[str, Tensor]) -> Iterator[tuple[Te
         yield index, model.similarity(some, captions).cpu()  # (n, N)
 
 
-def caption_rows(
-    model: nn.Module, captions: list[dict[str, Tensor]]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Scores (n, M) of some captions, whose words stand for regions, with all captions."""
+def caption_rows(model: nn.Module, captions: list[Encoding]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield positions (n,) of captions and their scores (n, M) with all; words act as regions."""
     total = sum(len(group["index"]) for group in captions)
     parts = [
         (group, some) for group in captions for some in torch.arange(len(group["index"])).split(64)
@@ -216,11 +164,11 @@ def caption_rows(
 def intra_recalls(
     rows: Iterable[tuple[Tensor, Tensor]], positives: list[list[int]]
 ) -> dict[str, float]:
-    """R@K in percent of items among items of their own kind, without themselves.
+    """R@K, in percent, of items among the other items of their own kind.
 
-    rows: positions (n,) of some items and their scores (n, N) with all; positives: for each item
-    the positions of those that are like it, and one that has none does not count. A wrong one that
-    scores the same ranks first.
+    `rows` yields the positions (n,) of some items and their scores (n, N) with all items.
+    `positives` holds, for each item, the positions of the items that are like it; an item without
+    any does not count. A wrong item with the same score ranks first.
     """
     ranks = []
     for index, scores in rows:
@@ -233,8 +181,11 @@ def intra_recalls(
 
 
 def read_alike(path: str, ids: Sequence[int], least: float, k: int = 0) -> list[list[int]]:
-    """For each id the positions of what people marked `least` or more beside it; and, with `k`, of
-    the other captions of its image. The file: {id: [[id, mark], ...]}."""
+    """For each id, the positions of the items that people marked `least` or more with it.
+
+    With `k`, the number of captions per image, the other captions of its image are added. The file
+    holds {id: [[id, mark], ...]}.
+    """
     try:
         marks = json.loads(Path(path).read_text(encoding="utf-8"))
         alike = {
@@ -256,9 +207,10 @@ def read_alike(path: str, ids: Sequence[int], least: float, k: int = 0) -> list[
 def read_cxc(
     folder: str, image_ids: Sequence[int], caption_ids: Sequence[int]
 ) -> dict[str, list[list[int]]]:
-    """For 'i2i' and 't2t', of which the folder holds annotations, what each item is like.
+    """The positives of each item, for 'i2i' and 't2t' if the folder holds their annotations.
 
-    Images are alike from a mark of 2.5 on, captions from 3 on, or if they are of one image.
+    Two images are alike if their mark is at least 2.5. Two captions are alike if their mark is at
+    least 3, or if they describe the same image.
     """
     alike = {}
     for way, ids in (("i2i", image_ids), ("t2t", caption_ids)):
@@ -273,14 +225,14 @@ def read_cxc(
 @torch.inference_mode()
 def cxc_intra(
     model: nn.Module,
-    images: dict[str, Tensor],
-    captions: list[dict[str, Tensor]],
+    images: Encoding,
+    captions: list[Encoding],
     alike: dict[str, list[list[int]]],
 ) -> dict[str, dict[str, float]]:
-    """CxC's {'i2i': {'r1', 'r5', 'r10'}, 't2t': ...}, of those that `alike` (see read_cxc) has.
+    """CxC's {'i2i': {'r1', 'r5', 'r10'}, 't2t': ...}, for the keys of `alike` (see read_cxc).
 
-    The published evaluation of these calls a function that does not fit; this is what it is about:
-    an image's regions score as words, a caption's words as regions.
+    The published evaluation of these figures calls a function that does not fit (Q35). Its intent
+    is this: the regions of an image are scored as words, the words of a caption as regions.
     """
     rows = {"i2i": lambda: image_rows(model, images), "t2t": lambda: caption_rows(model, captions)}
     return {way: intra_recalls(rows[way](), positives) for way, positives in alike.items()}
@@ -296,12 +248,13 @@ def evaluate(
     device: str | torch.device | None = None,
     batch_size: int | None = None,
 ) -> dict:
-    """All figures of a checkpoint, of several (their mean score), or of saved score matrices.
+    """Print and return all figures of checkpoints, or of saved score matrices, by their mean score.
 
-    Prints them, and returns coco_metrics, what evalrank does under 'coco_5k' and 'coco_1k' (mean of
-    five folds), and under 'cxc' what cxc_intra does. The ids are read from `ids_path`, or the
-    data's folder; cxc_i2i.json, cxc_t2t.json (both for one checkpoint only) and the files of PMRP
-    from `extra_path`, or there too. Raises FileNotFoundError or ValueError naming what is wrong.
+    Returns the figures of coco_metrics, those of evalrank under 'coco_5k' and 'coco_1k' (mean of
+    five folds), and those of cxc_intra under 'cxc'. The ids are read from `ids_path`, by default
+    the folder of the data. The files cxc_i2i.json and cxc_t2t.json (used for a single checkpoint
+    only) and those of PMRP are read from `extra_path`, by default the folder of the ids. Raises
+    FileNotFoundError or ValueError with the fault.
     """
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     paths = [os.fspath(path) for path in paths]
@@ -313,8 +266,8 @@ def evaluate(
     folder = ids_path
     if not ids_path:
         opt = ckpt.load(paths[0])["opt"]
-        folder = evaluation.find_data(data_path or opt.data_path, opt.data_name, opt.model)
-    # What is wrong with the files is to be said before hours of scoring.
+        folder = systems.of(opt).find_data(data_path or opt.data_path, opt.data_name)
+    # Report faults of the files before hours of scoring.
     ids = read_pair_of_ids(folder, split)
     judge = package(extra_path or folder)
     check_ids(*ids, judge)
@@ -325,7 +278,7 @@ def evaluate(
         scores = 0
         for path in paths:
             encoded = evaluation.encode_split(
-                path, data_path, split, vocab_path, evaluation.pick_device(device), batch_size
+                path, data_path, split, vocab_path, pick_device(device), batch_size
             )
             model, dataset, images, captions = encoded
             check_sizes(dataset, ids, path)
@@ -335,23 +288,19 @@ def evaluate(
     metrics["coco_5k"] = evaluation.rank_and_print(scores, False, False)
     print("COCO 1K")
     metrics["coco_1k"] = evaluation.rank_and_print(scores, True, False)
-    for name, title in (("map_at_r", "mAP@R"), ("rprecision", "R-Precision"), ("r1", "R@1")):
-        print_both(f"ECCV Caption {title}", [metrics[f"eccv_{name}"]])
-    print_both("CxC R@1 / 5 / 10", [metrics[f"cxc_r{k}"] for k in KS])
-    if "pmrp" in metrics:
-        print_both("PMRP", [metrics["pmrp"]])
+    print_coco(metrics)
     if alike and len(paths) == 1 and not matrices[0]:
-        if set(images) == {"regions"} and set(captions[0]) == {"words", "lengths", "index"}:
+        if systems.of(ckpt.load(paths[0])["opt"]).interchangeable:
             metrics["cxc"] = cxc_intra(model, images, captions, alike)
         else:
-            print("CxC i2i, t2t: not of this model, whose score needs more than regions and words")
+            print("CxC i2i, t2t: not available for this model, which reads more than both kinds")
         for way, recalls in metrics.get("cxc", {}).items():
             print(f"CxC {way} R@1 / 5 / 10: {' / '.join(f'{x:.1f}' for x in recalls.values())}")
     return metrics
 
 
 def check_sizes(dataset: PrecompDataset, ids: tuple[list[int], list[int]], path: str) -> None:
-    """Refuse ids that are not as many as the images and captions of a split."""
+    """Raise InputError unless a split has as many images and captions as there are ids."""
     images, captions = map(len, ids)
     if (images, captions) != (dataset.n_images, dataset.n_captions):
         raise InputError(
@@ -360,8 +309,17 @@ def check_sizes(dataset: PrecompDataset, ids: tuple[list[int], list[int]], path:
         )
 
 
+def print_coco(metrics: dict[str, dict[str, float]]) -> None:
+    """Print the figures of coco_metrics."""
+    for name, title in (("map_at_r", "mAP@R"), ("rprecision", "R-Precision"), ("r1", "R@1")):
+        print_both(f"ECCV Caption {title}", [metrics[f"eccv_{name}"]])
+    print_both("CxC R@1 / 5 / 10", [metrics[f"cxc_r{k}"] for k in KS])
+    if "pmrp" in metrics:
+        print_both("PMRP", [metrics["pmrp"]])
+
+
 def print_both(title: str, metrics: list[dict[str, float]]) -> None:
-    """A line with both directions."""
+    """Print a line with both directions."""
     ways = [f"{way} {' / '.join(f'{x[way]:.1f}' for x in metrics)}" for way in ("i2t", "t2i")]
     print(f"{title}: {', '.join(ways)}")
 
@@ -373,26 +331,30 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("paths", nargs="*", help="checkpoints, or score matrices (.npy)")
     parser.add_argument("--data_path", help="folder that holds the data; default: as in training")
-    parser.add_argument("--split", default="testall", help="testall (default)")
+    parser.add_argument("--split", default="testall", help="default: testall")
     parser.add_argument(
-        "--ids", metavar="FOLDER", help="of {split}_ids.txt, {split}_capids.txt; default: the data"
+        "--ids",
+        metavar="FOLDER",
+        help="folder of {split}_ids.txt and {split}_capids.txt; default: that of the data",
     )
     parser.add_argument(
         "--extra",
         metavar="FOLDER",
-        help=f"of {', '.join(name for name, _ in CXC.values())}, {', '.join(PLAUSIBLE)}; default: "
-        "as --ids",
+        help=f"folder of {', '.join(name for name, _ in CXC.values())}, {', '.join(PLAUSIBLE)}; "
+        "default: as --ids",
     )
     parser.add_argument("--vocab_path", help="folder of the vocabulary; default: as in training")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    parser.add_argument("--batch_size", type=int, help="of the encoders; default: as in training")
+    parser.add_argument("--batch_size", type=int, help="for the encoders; default: as in training")
     parser.add_argument(
-        "--write_ids", metavar="FOLDER", help="write the ids of testall in Karpathy's order, end"
+        "--write_ids",
+        metavar="FOLDER",
+        help="only write the ids of testall to this folder, in Karpathy's order",
     )
     opt = parser.parse_args(argv)
     if opt.write_ids:
         if opt.paths:
-            parser.error("--write_ids stands alone")
+            parser.error("--write_ids takes no checkpoints or matrices")
         write_ids(opt.write_ids)
         return
     if not opt.paths:

@@ -1,0 +1,64 @@
+"""The ids of COCO's images and captions: read them from files, and check them."""
+
+import os
+from collections.abc import Sequence
+
+from util.cli import InputError
+from vocab import read_captions
+
+
+def as_ids(
+    image_ids: Sequence[int | str], caption_ids: Sequence[int | str]
+) -> tuple[list[int], list[int]]:
+    """Both ids as numbers; if the image ids are given per caption, each is kept once."""
+    images, captions = ([int(x) for x in ids] for ids in (image_ids, caption_ids))
+    return list(dict.fromkeys(images)) if len(images) == len(captions) else images, captions
+
+
+def check_ids(image_ids: Sequence[int], caption_ids: Sequence[int], judge) -> None:
+    """Raise InputError unless these are the ids of COCO's 5,000 test images and their captions.
+
+    `judge` is eccv_caption's Metrics. The captions must be ordered image by image.
+    """
+    of_image = judge.coco_gts["t2i"]
+    if not len(image_ids) or len(caption_ids) % len(image_ids):
+        raise InputError(f"ids of {len(image_ids)} images and {len(caption_ids)} captions")
+    missing = of_image.keys() - set(caption_ids)
+    if missing or len(caption_ids) != len(of_image):
+        raise InputError(
+            f"{len(of_image) - len(missing)} of COCO's {len(of_image):,} test captions among "
+            f"{len(caption_ids)}; these figures are of all of them, the split testall"
+        )
+    k = len(caption_ids) // len(image_ids)
+    for row, caption in enumerate(caption_ids):
+        if image_ids[row // k] not in of_image[caption]:
+            raise InputError(
+                f"caption {row} (from 0) has id {caption}, which COCO wrote for image "
+                f"{of_image[caption][0]}, but its image here has id {image_ids[row // k]}: the ids "
+                "are in another order than the captions"
+            )
+
+
+def read_ids(path: str | os.PathLike) -> list[int]:
+    """Read a file of COCO ids, one per line."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"{path}: no such file; it holds COCO's ids, one per line, in the order of the "
+            "captions (_ids.txt: of their images). The cxc_annots of VSE-infinity and CHAN hold "
+            "both; for testall as packed for SCAN, `python extended.py --write_ids FOLDER` does"
+        )
+    ids = []
+    for row, line in enumerate(read_captions(path), 1):
+        if not line.isdecimal():
+            raise InputError(f"{path}: line {row} is {line[:40]!r}, expected an id of COCO")
+        ids.append(int(line))
+    return ids
+
+
+def read_pair_of_ids(folder: str | os.PathLike, split: str) -> tuple[list[int], list[int]]:
+    """The ids of the images (N,), from `{split}_ids.txt`, and captions, `{split}_capids.txt`.
+
+    The first file has one line per image or per caption.
+    """
+    files = (os.path.join(folder, f"{split}_{name}.txt") for name in ("ids", "capids"))
+    return as_ids(*map(read_ids, files))
