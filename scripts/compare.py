@@ -4,20 +4,20 @@
     python scripts/compare.py --data_path data --data_name f30k_precomp --minutes 20
     python scripts/compare.py ... --systems scan chan -- --batch_size 64      # flags of train.py
 
-All have the flags of PROTOCOL, and each those of its paper that make it what it is. `--minutes`
-gives each the same wall time, validation included: its second epoch says how many whole epochs fit
-(two at least). The rate falls ten times after 70 % of the epochs. The best epoch on dev is tested.
-Writes table.md (means over the seeds, and the sample's standard deviation) and table.csv (a row a
-run) to --out. Stopped, the same command goes on after the last whole epoch; with other flags, what
-there is moves to earlier_1. Without a test split, dev becomes it, and the last tenth of the
-training images (200 at most) dev.
+All systems get the flags of PROTOCOL; each also gets the flags of its own row (`System.compared`).
+`--minutes` gives each system the same wall time, including validation: the time of its second epoch
+decides how many whole epochs fit (at least two). The learning rate is divided by ten after 70 % of
+the epochs. The best epoch on dev is tested. The script writes table.md (means over the seeds, and
+the standard deviation of the sample) and table.csv (one row per run) to --out. If it is stopped,
+the same command continues after the last whole epoch; with other flags, earlier runs move to
+earlier_1. If there is no test split, dev becomes the test split, and the last tenth of the training
+images (at most 200) becomes dev.
 """
 
 import argparse
 import csv
 import json
 import math
-import os
 import shlex
 import signal
 import statistics
@@ -34,36 +34,38 @@ sys.path.insert(0, str(ROOT))
 import checkpoint as ckpt
 import evaluation
 import options
+import systems
 import vocab
 from data import repeats
-from options import COUNT, FROM_0, POSITIVE
 from scripts.benchmark import machine
-from util import positions
+from system import System
+from util.arguments import COUNT, FROM_0, POSITIVE
 from util.arrays import open_array, read_sizes
 from util.cli import InputError, replacing, run
+from util.devices import pick_device
 from vocab import read_captions
 
 PROTOCOL = (
     "--batch_size 128 --learning_rate 5e-4 --bi_gru --max_violation --vse_mean_warmup_epochs 1 "
     "--val_step 0 --log_step 50 --workers 1"
 )
-# What is each paper's own, for its Flickr30K row.
-SYSTEMS = {
-    "scan": ("SCAN t-i AVG", "--model scan --agg_func Mean --lambda_softmax 9"),
-    "gsmn": ("GSMN dense", "--model gsmn --lambda_softmax 20"),
-    "pfan": ("PFAN-A t-i AVG", "--model pfan --agg_func Mean --lambda_softmax 9"),
-    "chan": ("CHAN VHA LSE", "--model chan --precomp_enc_type selfattention --margin 0.05"),
-}
+# The systems to compare: `compared` is a title, and the flags of the paper's Flickr30K row.
+SYSTEMS = {name: system for name, system in systems.SYSTEMS.items() if system.compared}
 WAYS = [(way, f"r{k}") for way in ("i2t", "t2i") for k in (1, 5, 10)]
 RECALLS = [f"{way}_{name}" for way, name in WAYS]
 HELD_OUT = 200
-# Flags of train.py that are not for the part of the command after --.
+# Flags of train.py that this script sets; they must not follow --.
 SET_HERE = "model data_path data_name vocab_path img_dim device seed num_epochs lr_update resume"
 SET_HERE = [f"--{name}" for name in f"{SET_HERE} model_name logger_name".split()]
 
 
+def own_flags(system: str) -> str:
+    """The flags of a system's row."""
+    return f"--model {system} {SYSTEMS[system].compared[1]}"
+
+
 def hold_out(source: Path, folder: Path) -> None:
-    """A data set whose dev is cut off the training images, and whose test is the source's dev."""
+    """Write a data set: its dev is the end of the training images, its test is the source's dev."""
     train_images = open_array(str(source / "train_ims.npy"), 3)
     rows = len(train_images)
     stride = repeats(train_images, len(read_captions(source / "train_caps.txt")) // rows)
@@ -94,14 +96,17 @@ def hold_out(source: Path, folder: Path) -> None:
 
 
 def prepare(opt: argparse.Namespace) -> list[str]:
-    """Make what is missing of the data: splits, blocks, vocabulary. Returns train.py's flags."""
-    folder = Path(evaluation.find_data(opt.data_path, opt.data_name))
+    """Make missing data (splits, blocks, vocabulary). Returns the flags of train.py for it."""
+    folder = Path(System().find_data(opt.data_path, opt.data_name))
     if opt.split != "test" and not (folder / f"{opt.split}_ims.npy").is_file():
         raise FileNotFoundError(f"{folder}/{opt.split}_ims.npy: no such file; give another --split")
     if opt.split == "test" and not (folder / "test_ims.npy").is_file():
         cut = Path(opt.out) / "data" / opt.data_name
         cut.mkdir(parents=True, exist_ok=True)
-        print(f"notice: {folder}: no test split: dev is tested on, dev is cut off train, in {cut}")
+        print(
+            f"notice: {folder}: no test split: dev becomes the test split, and a new dev is cut "
+            f"off train, in {cut}"
+        )
         files = sorted(folder.glob("*_*.*"))
         source = {str(x.resolve()): [x.stat().st_size, x.stat().st_mtime] for x in files}
         mark = cut / "source.json"
@@ -109,19 +114,16 @@ def prepare(opt: argparse.Namespace) -> list[str]:
             hold_out(folder, cut)
             mark.write_text(json.dumps(source))
         elif json.loads(mark.read_text()) != source:
-            raise InputError(f"{cut}: cut off other data than {folder}; give another --out")
+            raise InputError(f"{cut}: made from other data than {folder}; give another --out")
         folder = cut
         if not (Path(opt.vocab_path) / f"{opt.data_name}_vocab.json").is_file():
-            opt.vocab_path = str(Path(opt.out) / "vocab")  # of fewer captions than the whole data's
-    for split in ("train", "dev", opt.split):
-        stem = str(folder / split)
-        blocks = "pfan" not in opt.systems or os.path.isfile(f"{stem}_boxes.npy")
-        if not os.path.isfile(f"{stem}_ims_bbx.npy") and ("gsmn" in opt.systems or not blocks):
-            raise InputError(
-                f"{stem}_ims_bbx.npy: no boxes, which gsmn and pfan need; give --systems the others"
-            )
-        if not blocks:
-            positions.convert(stem)
+            opt.vocab_path = str(Path(opt.out) / "vocab")  # from fewer captions
+    for name in opt.systems:
+        for split in ("train", "dev", opt.split):
+            try:
+                SYSTEMS[name].prepare_split(str(folder / split))
+            except FileNotFoundError as error:
+                raise InputError(f"{error}; or leave {name} out of --systems") from None
     data = ["--data_path", str(folder.parent), "--data_name", opt.data_name]
     words = Path(opt.vocab_path) / f"{opt.data_name}_vocab.json"
     if not words.is_file():
@@ -131,13 +133,13 @@ def prepare(opt: argparse.Namespace) -> list[str]:
 
 
 def read_log(folder: Path) -> list[dict]:
-    """What train.py logged, a dict an epoch."""
+    """The log of train.py, one dict per epoch."""
     path = folder / "log.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def train(folder: Path, flags: list[str]) -> list[dict]:
-    """Run train.py into a folder, from its last whole epoch on, and its output into train.log."""
+    """Run train.py in a folder from its last whole epoch on; return its log. Output: train.log."""
     command = [sys.executable, str(ROOT / "train.py"), *flags]
     command += ["--model_name", str(folder), "--logger_name", str(folder)]
     done = len(list(folder.glob("checkpoint_*.pth.tar")))
@@ -146,7 +148,7 @@ def train(folder: Path, flags: list[str]) -> list[dict]:
     with open(folder / "train.log", "a") as out:
         out.write(shlex.join(command) + "\n")
         out.flush()
-        # In a session of its own, so that Ctrl-C reaches this script alone, which passes it on.
+        # It runs in its own session: Ctrl-C reaches only this script, which passes it on.
         streams = {"stdout": out, "stderr": subprocess.STDOUT}
         process = subprocess.Popen(command, **streams, start_new_session=True)
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -165,7 +167,7 @@ def train(folder: Path, flags: list[str]) -> list[dict]:
 
 
 def fit(folder: Path, flags: list[str], opt: argparse.Namespace) -> list[dict]:
-    """Train for --num_epochs, or as many whole ones as fit into --minutes."""
+    """Train for --num_epochs, or for as many whole epochs as fit into --minutes."""
 
     def schedule(epochs: int) -> list[str]:
         return ["--num_epochs", str(epochs), "--lr_update", str(math.ceil(0.7 * epochs))]
@@ -173,9 +175,9 @@ def fit(folder: Path, flags: list[str], opt: argparse.Namespace) -> list[dict]:
     if opt.num_epochs:
         return train(folder, flags + schedule(opt.num_epochs))
     log = read_log(folder)
-    if len(log) < 2:  # no rate falls in these two
+    if len(log) < 2:  # the rate stays the same in both
         log = train(folder, [*flags, "--num_epochs", "2", "--lr_update", "2"])
-    # The first, of the summed hinge, is slower.
+    # The first epoch, with the summed hinge loss, is slower.
     first, second = (epoch["seconds"] for epoch in log[:2])
     epochs = 2 + max(0, int((60 * opt.minutes - first - second) / max(second, 0.1)))
     return log if epochs == 2 else train(folder, flags + schedule(epochs))
@@ -184,7 +186,7 @@ def fit(folder: Path, flags: list[str], opt: argparse.Namespace) -> list[dict]:
 def one_run(
     system: str, seed: int, flags: list[str], opt: argparse.Namespace
 ) -> dict[str, int | float | str]:
-    """Train and test one system with one seed; what is known of it, by name."""
+    """Train and test one system with one seed; return its row of table.csv."""
     folder = Path(opt.out) / f"{system}_seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     asked = {"flags": flags, "minutes": opt.minutes, "num_epochs": opt.num_epochs}
@@ -198,7 +200,7 @@ def one_run(
     if done.is_file():
         print(f"{folder}: done before")
         return json.loads(done.read_text())
-    print(f"{SYSTEMS[system][0]}, seed {seed}: {shlex.join(flags)}", flush=True)
+    print(f"{SYSTEMS[system].compared[0]}, seed {seed}: {shlex.join(flags)}", flush=True)
     log = fit(folder, flags, opt)
     best = str(folder / "model_best.pth.tar")
     model, _, _ = ckpt.load_model(best)
@@ -220,7 +222,7 @@ def one_run(
 
 
 def last_of_each(flags: list[str]) -> str:
-    """Flags as they take effect: of one that is given twice the last."""
+    """The flags that take effect: if one is given twice, the last."""
     kept: dict[str, list[str]] = {}
     for flag in flags:
         name, equals, value = flag.partition("=")
@@ -233,7 +235,7 @@ def last_of_each(flags: list[str]) -> str:
 
 
 def table(results: list[dict], opt: argparse.Namespace) -> str:
-    """Markdown: a row a system, means over its seeds."""
+    """The table in Markdown: one row per system, with means over its seeds."""
     where = machine()
     device = where["gpu"] if opt.device != "cpu" and where["gpu"] else where["cpu"]
     time_given = f"{opt.minutes:g} minutes" if opt.minutes else f"{opt.num_epochs} epochs"
@@ -259,17 +261,17 @@ def table(results: list[dict], opt: argparse.Namespace) -> str:
             total += f" (sd {statistics.stdev(result['rsum'] for result in runs):.1f})"
         epochs = ", ".join(f"{result['epochs']} ({result['best_epoch']})" for result in runs)
         recalls = [" / ".join(mean(name) for name in part) for part in (RECALLS[:3], RECALLS[3:])]
-        cells = [SYSTEMS[system][0], *recalls, total, epochs]
+        cells = [SYSTEMS[system].compared[0], *recalls, total, epochs]
         cells.append(f"{runs[0]['parameters'] / 1e6:.1f} M")
         cells += [f"{mean('train_minutes')} min", f"{mean('test_seconds', '.0f')} s"]
         cells.append(f"{mean('peak_mib', '.0f')} MiB")
         lines.append(f"| {' | '.join(cells)} |")
-    own = [f"{SYSTEMS[s][0]}: `{SYSTEMS[s][1]}`" for s in opt.systems]
+    own = [f"{SYSTEMS[s].compared[0]}: `{own_flags(s)}`" for s in opt.systems]
     return "\n".join([*lines, "", *(f"- {line}" for line in own), ""])
 
 
 def write(results: list[dict], opt: argparse.Namespace) -> None:
-    """table.md and table.csv of the runs that are done."""
+    """Write table.md and table.csv of the finished runs."""
     done = argparse.Namespace(**vars(opt))
     done.systems = [s for s in opt.systems if any(result["system"] == s for result in results)]
     (Path(opt.out) / "table.md").write_text(table(results, done))
@@ -288,12 +290,16 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--data_path", required=True, help="folder that holds DATA_NAME/")
     parser.add_argument("--data_name", required=True, help="e.g. f30k_precomp")
-    parser.add_argument("--vocab_path", default="vocab", help="read from, or made there")
-    parser.add_argument("--out", help="runs and tables go here; default: runs/compare_{data_name}")
+    parser.add_argument(
+        "--vocab_path", default="vocab", help="folder of the vocabulary; built if missing"
+    )
+    parser.add_argument(
+        "--out", help="folder of the runs and tables; default: runs/compare_{data_name}"
+    )
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--minutes", type=POSITIVE, help="wall time of each training")
     length.add_argument("--num_epochs", type=COUNT, help="epochs of each training")
-    parser.add_argument("--seeds", type=FROM_0, nargs="+", default=[0], help="a run each")
+    parser.add_argument("--seeds", type=FROM_0, nargs="+", default=[0], help="one run per seed")
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
     parser.add_argument("--split", default="test", help="the split to test on")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
@@ -306,9 +312,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"{' '.join(own)}: this script sets that itself")
     opt.out = opt.out or f"runs/compare_{opt.data_name}"
     opt.seeds, opt.systems = (list(dict.fromkeys(x)) for x in (opt.seeds, opt.systems))
-    evaluation.pick_device(opt.device)
-    flags_of = {s: [*PROTOCOL.split(), *SYSTEMS[s][1].split(), *opt.flags] for s in opt.systems}
-    for flags in flags_of.values():  # what a system does not take is said before hours of training
+    pick_device(opt.device)
+    flags_of = {s: [*PROTOCOL.split(), *own_flags(s).split(), *opt.flags] for s in opt.systems}
+    for flags in flags_of.values():  # find wrong flags before hours of training
         options.parse(flags)
     data = prepare(opt)
     results = []

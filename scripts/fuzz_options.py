@@ -1,12 +1,13 @@
-"""Random options of every system, compared with plain loops in float64.
+"""Compare random options of all systems with plain loops in float64.
 
     python scripts/fuzz_options.py --n 1000                 # 2 minutes on two cores
     python scripts/fuzz_options.py --n 200 --model gsmn     # one system
     python scripts/fuzz_options.py --seed 154 --n 1         # one case again
 
-Run it after every change to the mathematics. Case k is what tests/random_options.py draws from seed
-k, so a line of the output can be run again; that file also says what is compared and how close it
-must be. Prints each case that is not close enough, and ends with exit status 1 if there is one.
+Run it after every change to the mathematics. tests/random_options.py draws case k from seed k, so a
+case in the output can be run again. That file also defines the values that are compared, and the
+tolerances. The script prints each case outside the tolerances; if there is one, it exits with
+status 1.
 """
 
 import argparse
@@ -29,17 +30,17 @@ from util.cli import InputError, progress, run, say
 
 
 def examine(seed: int, system: str | None) -> tuple[int, str, str, list[str]]:
-    """One case, in a process of its own: its seed, its system, the case in words, the findings."""
+    """Check one case; return its seed, its system, the case in words, and the findings."""
     case = draw(seed, system)
     try:
         findings = [str(finding) for finding in check(case)]
-    except Exception as error:  # the other cases go on; what it says counts as a finding
+    except Exception as error:  # the other cases continue; the error counts as a finding
         findings = [f"{type(error).__name__}: {error}"]
     return seed, case.system, str(case), findings
 
 
 def examined(seeds: range, opt: argparse.Namespace) -> Iterator[tuple[int, str, str, list[str]]]:
-    """All cases, as they are done, by so many processes with one thread each."""
+    """Yield all cases as they finish, from `opt.jobs` processes with one thread each."""
     if opt.jobs == 1:
         yield from (examine(seed, opt.model) for seed in seeds)
         return
@@ -60,10 +61,10 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--n", type=int, default=1000, help="how many cases")
-    parser.add_argument("--seed", type=int, default=0, help="that of the first case")
+    parser.add_argument("--n", type=int, default=1000, help="number of cases")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first case")
     parser.add_argument("--model", choices=sorted(SYSTEMS), help="one system; default: all")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="number of processes")
     opt = parser.parse_args(argv)
     for name in ("n", "jobs"):
         if getattr(opt, name) < 1:

@@ -1,11 +1,12 @@
-"""Hold a server under load: many clients for a minute, each answer compared, memory watched.
+"""Test serve.py under load: many clients for a minute; compare each answer, watch the memory.
 
-    python scripts/load_server.py                              # a random pfan_whole, published size
+    python scripts/load_server.py                              # random pfan_whole, published size
     python scripts/load_server.py runs/x/model_best.pth.tar --clients 32 --seconds 60
 
-Starts serve.py in a process of its own. Requests are drawn once: sentences of 9 to 21 words, each
-with --images images of 36 random regions. Ends with SIGTERM while the clients go on: what is in
-flight then must be answered. Prints throughput, latency and memory; exits with 1 on any error.
+The script starts serve.py in its own process. It draws the requests once: sentences of 9 to 21
+words, each with --images images of 36 random regions. At the end it sends SIGTERM while the clients
+continue: the server must still answer the requests that it has. The script prints throughput,
+latency and memory, and exits with status 1 on any error.
 """
 
 import argparse
@@ -37,18 +38,18 @@ REGIONS, N_VOCAB, BODIES = 36, 8481, 16
 
 
 def random_checkpoint(path: str) -> None:
-    """A pfan_whole of published size with random weights."""
-    opt = argparse.Namespace(**options.defaults("pfan_whole") | {"bi_gru": True})
+    """Write a checkpoint of a pfan_whole of published size with random weights."""
+    opt = options.parse("--model pfan_whole --bi_gru".split())
     vocab = Vocabulary("one_sentence")
     for word in [*SPECIAL, *(f"w{k}" for k in range(N_VOCAB - len(SPECIAL)))]:
         vocab.add_word(word)
     model = ckpt.build_model(opt, len(vocab))
-    state = {"epoch": 0, "model": ckpt.state_dicts(model, opt.model), "opt": opt}
+    state = {"epoch": 0, "model": ckpt.state_dicts(model, opt), "opt": opt}
     torch.save(state | {"vocab": vocab.state_dict()}, path)
 
 
 def random_bodies(scorer: serve.Scorer, images: int) -> list[bytes]:
-    """Requests that the checkpoint can answer."""
+    """Random requests that the checkpoint can answer."""
     rng, words = np.random.default_rng(0), list(scorer.vocab.word2idx)
     img_dim = scorer.opt.img_dim
 
@@ -56,8 +57,6 @@ def random_bodies(scorer: serve.Scorer, images: int) -> list[bytes]:
         return base64.b64encode(array.astype("<f4").tobytes()).decode()
 
     bodies = []
-    if scorer.opt.model == "gsmn" and scorer.opt.is_sparse:
-        raise InputError("a sparse GSMN needs dependencies, which random sentences do not have")
     for _ in range(BODIES):
         records = []
         for k in range(images):
@@ -69,17 +68,21 @@ def random_bodies(scorer: serve.Scorer, images: int) -> list[bytes]:
         whole = rng.random((images, img_dim)).round(6).tolist()
         body = {"sentence": sentence, "boxes": records, "whole_items": whole}
         bodies.append(json.dumps(body).encode())
+    try:
+        scorer.read(bodies[0])
+    except serve.Refused as error:  # a sparse GSMN needs dependencies
+        raise InputError(f"random sentences do not suit this model: {error}") from None
     return bodies
 
 
 def memory_mib(pid: int) -> float:
-    """Resident memory of a process (Linux)."""
+    """The resident memory of a process, in MiB (Linux)."""
     with open(f"/proc/{pid}/status") as lines:
         return next(int(x.split()[1]) for x in lines if x.startswith("VmRSS")) / 1024
 
 
 class Client(threading.Thread):
-    """Asks one request after the other over one connection until it is told to stop."""
+    """Sends one request after the other over one connection, until it is stopped."""
 
     def __init__(self, number: int, port: int, bodies: list[bytes], want: list[dict]):
         super().__init__()
@@ -98,7 +101,7 @@ class Client(threading.Thread):
             try:
                 connection.connect() if connection.sock is None else None
             except OSError as error:
-                if self.stopping.is_set():  # the door is closed: right
+                if self.stopping.is_set():  # the port is closed, as it should be
                     return
                 self.errors.append(f"no connection: {error}")
                 return
@@ -112,7 +115,7 @@ class Client(threading.Thread):
                     self.errors.append(f"{reply.status}: {answer}")
                     continue
             except (OSError, http.client.HTTPException, ValueError) as error:
-                # A connection kept open is closed between two requests when the server stops.
+                # When the server stops, it closes idle connections between two requests.
                 if self.stopping.is_set():
                     self.closed += 1
                     return
@@ -124,12 +127,34 @@ class Client(threading.Thread):
                 self.worst = max(self.worst, float(off))
 
 
+def start_server(path: str) -> tuple[subprocess.Popen, int]:
+    """Start serve.py with a checkpoint; return its process and its port."""
+    command = [sys.executable, ROOT / "serve.py", path, "--port", "0", "--device", "cpu"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    line = server.stdout.readline()
+    if "http://" not in line:
+        raise InputError("the server did not start")
+    return server, int(line.partition("http://127.0.0.1:")[2].split()[0])
+
+
+def print_latency_and_memory(times: list[float], memory: list[float]) -> None:
+    """Print the quantiles of the sorted times, and the memory early, at the end and at its peak."""
+    tenth = max(1, len(memory) // 10)
+    early = memory[tenth : 3 * tenth] or memory
+    shown = {"median": 0.5, "95 %": 0.95, "99 %": 0.99}
+    parts = [f"{name} {times[int(part * (len(times) - 1))]:.2f} s" for name, part in shown.items()]
+    print(f"latency: {', '.join(parts)}, longest {times[-1]:.2f} s")
+    first = statistics.median(early)
+    last = statistics.median(memory[-tenth:])
+    print(f"memory: {first:.0f} MiB early, {last:.0f} MiB at the end, peak {max(memory):.0f} MiB")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("checkpoint", nargs="?", help="default: random weights, pfan_whole")
+    parser.add_argument("checkpoint", nargs="?", help="default: a pfan_whole with random weights")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--images", type=int, default=10, help="a request")
+    parser.add_argument("--images", type=int, default=10, help="images per request")
     opt = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         path = opt.checkpoint
@@ -140,12 +165,7 @@ def main(argv: list[str] | None = None) -> None:
         bodies = random_bodies(scorer, opt.images)
         want = [scorer.score([scorer.read(body)])[0] for body in bodies]
         del scorer
-        command = [sys.executable, ROOT / "serve.py", path, "--port", "0", "--device", "cpu"]
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        line = server.stdout.readline()
-        if "http://" not in line:
-            raise InputError("the server did not start")
-        port = int(line.partition("http://127.0.0.1:")[2].split()[0])
+        server, port = start_server(path)
         clients = [Client(k, port, bodies, want) for k in range(opt.clients)]
         try:
             for client in clients:
@@ -170,16 +190,13 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"no answers: {clients[0].errors[:1]}")
     errors = [error for client in clients for error in client.errors]
     times.sort()
-    tenth = max(1, len(memory) // 10)
-    early = memory[tenth : 3 * tenth] or memory
-    print(f"{opt.clients} clients, {opt.images} images a request of {len(bodies[0]) / 1e6:.1f} MB")
-    print(f"{len(times)} answers in {seconds:.0f} s: {len(times) / seconds:.1f} requests a second")
-    shown = {"median": 0.5, "95 %": 0.95, "99 %": 0.99}
-    parts = [f"{name} {times[int(part * (len(times) - 1))]:.2f} s" for name, part in shown.items()]
-    print(f"latency: {', '.join(parts)}, longest {times[-1]:.2f} s")
-    first = statistics.median(early)
-    last = statistics.median(memory[-tenth:])
-    print(f"memory: {first:.0f} MiB early, {last:.0f} MiB at the end, peak {max(memory):.0f} MiB")
+    print(
+        f"{opt.clients} clients, {opt.images} images per request of {len(bodies[0]) / 1e6:.1f} MB"
+    )
+    print(
+        f"{len(times)} answers in {seconds:.0f} s: {len(times) / seconds:.1f} requests per second"
+    )
+    print_latency_and_memory(times, memory)
     print(f"largest difference from scoring alone: {max(client.worst for client in clients):.1e}")
     closed = sum(client.closed for client in clients)
     print(

@@ -4,9 +4,9 @@
     python scripts/query_server.py dist_tag_t2i.json tag 5091
     python scripts/query_server.py dist_tag_new_t2i.json tag 5092
 
-Reads the four files of Tencent-News' test set from --meta (README.md, `Serving`, has their
-formats). Candidates without features are left out. Writes a line a query: {"urls": [...],
-"dist_t2i": [...], "dist_i2t": [...]}. scripts/tencent_map.py makes MAP of them.
+The script reads the four files of Tencent-News' test set from --meta (docs/serving.md has their
+formats). It leaves out candidates without features. It writes one line per query: {"urls": [...],
+"dist_t2i": [...], "dist_i2t": [...]}. scripts/tencent_map.py computes MAP from these lines.
 """
 
 import argparse
@@ -22,29 +22,30 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from options import COUNT
+from util.arguments import COUNT
 from util.cli import InputError, progress, replacing, run
 from util.convert_data import FIELDS
 
 TEXT = {"tag": "Tag", "sentence": "Content"}
+FILES = "test_list.json", "img_id.txt", "test_own.tsv.0", "test_features.json"
 
 
 def json_lines(path: str) -> list:
-    """The values of a file with one JSON value a line."""
+    """The values of a file with one JSON value per line."""
     values = []
     with open(path, "rb") as lines:
         for row, line in enumerate(lines, 1):
             try:
                 values.append(json.loads(line))
-            except ValueError as error:  # not UTF-8 is one too
+            except ValueError as error:  # also if the line is not UTF-8
                 raise InputError(
-                    f"{path}: line {row} is not JSON ({error}); expected a JSON value a line"
+                    f"{path}: line {row} is not JSON ({error}); expected one JSON value per line"
                 ) from None
     return values
 
 
 class Records:
-    """Bottom-up-attention records by image id, left in their file until they are asked for."""
+    """Bottom-up-attention records by image id; each is read from its file when it is needed."""
 
     def __init__(self, path: str):
         self.path, self.places = path, {}
@@ -71,8 +72,17 @@ class Records:
         return record | numbers
 
 
+def read_queries(path: str, text: str) -> list[dict]:
+    """The queries of a file; each has its candidates, and its words under the name `text`."""
+    queries = json_lines(path)
+    for row, query in enumerate(queries, 1):
+        if not isinstance(query, dict) or not {text, "Img_urls"} <= query.keys():
+            raise InputError(f"{path}: line {row}: expected {text} and Img_urls")
+    return queries
+
+
 def read_ids(path: str) -> dict[str, str]:
-    """Image ids by url."""
+    """The image ids by url."""
     ids = {}
     with open(path, encoding="utf-8") as lines:
         for row, line in enumerate(lines, 1):
@@ -84,7 +94,7 @@ def read_ids(path: str) -> dict[str, str]:
 
 
 def read_whole(path: str, ids: dict[str, str]) -> dict[str, list[float]]:
-    """Vectors of whole images by image id: that of their url, else the file's name in it."""
+    """Vectors of whole images by image id: the id of their url, else the file name in the url."""
     vectors = {}
     for row, value in enumerate(json_lines(path), 1):
         if not isinstance(value, list) or len(value) != 2 or not isinstance(value[0], str):
@@ -94,12 +104,12 @@ def read_whole(path: str, ids: dict[str, str]) -> dict[str, list[float]]:
     return vectors
 
 
-# Not through a proxy: the server is on this machine or beside it.
+# No proxy: the server is on this machine or near it.
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def ask(url: str, body: dict, tries: int = 20) -> dict:
-    """The server's answer; asks again where it has too much to do."""
+    """The server's answer; asks again if the server is overloaded."""
     data = json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"content-type": "application/json"})
     said = ""
@@ -122,32 +132,24 @@ def ask(url: str, body: dict, tries: int = 20) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("out", help="where to write, such as dist_sentence_t2i.json")
-    parser.add_argument("text", choices=TEXT, help="which words of a query to send")
+    parser.add_argument("out", help="output file, e.g. dist_sentence_t2i.json")
+    parser.add_argument("text", choices=TEXT, help="the words of a query to send")
     parser.add_argument("port", type=int, nargs="?", default=5091)
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--meta", default="data/tencent_data_meta", help="folder of the files")
+    parser.add_argument("--meta", default="data/tencent_data_meta", help="folder of the four files")
     parser.add_argument("--clients", type=COUNT, default=4, help="requests at a time")
     opt = parser.parse_args(argv)
-    for name in ("test_list.json", "img_id.txt", "test_own.tsv.0", "test_features.json"):
-        if not os.path.isfile(os.path.join(opt.meta, name)):
+    paths = [os.path.join(opt.meta, name) for name in FILES]
+    for path in paths:
+        if not os.path.isfile(path):
             raise FileNotFoundError(
-                f"{os.path.join(opt.meta, name)}: no such file; --meta is the folder of the four "
-                "files that README.md describes"
+                f"{path}: no such file; --meta is the folder of the four files that "
+                "docs/serving.md describes"
             )
     url = f"http://{opt.host}:{opt.port}/scan_sentence_image_score"
-
-    def file(name: str) -> str:
-        return os.path.join(opt.meta, name)
-
-    queries = json_lines(file("test_list.json"))
-    for row, query in enumerate(queries, 1):
-        if not isinstance(query, dict) or not {TEXT[opt.text], "Img_urls"} <= query.keys():
-            raise InputError(
-                f"{file('test_list.json')}: line {row}: expected {TEXT[opt.text]} and Img_urls"
-            )
-    ids, records = read_ids(file("img_id.txt")), Records(file("test_own.tsv.0"))
-    whole = read_whole(file("test_features.json"), ids)
+    queries = read_queries(paths[0], TEXT[opt.text])
+    ids, records = read_ids(paths[1]), Records(paths[2])
+    whole = read_whole(paths[3], ids)
     candidates = [
         [u for u in query["Img_urls"] if ids.get(u) in records and ids[u] in whole]
         for query in queries
@@ -173,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             scores = ask(url, body)
         except InputError as error:
-            raise InputError(f"{file('test_list.json')}: line {row + 1}: {error}") from None
+            raise InputError(f"{paths[0]}: line {row + 1}: {error}") from None
         return {"urls": urls, "dist_t2i": scores["sim_t2i"], "dist_i2t": scores["sim_i2t"]}
 
     pool = ThreadPoolExecutor(opt.clients)
