@@ -7,5 +7,9 @@ title="CHAN bi-GRU, MS-COCO"
 data_name=coco_precomp
 paper=""
 paper_5k="60.2 85.9 nan 41.7 71.5 nan"
-flags=(--model chan --wemb_type glove --precomp_enc_type selfattention --batch_size 384 --drop --vse_mean_warmup_epochs 1 --margin 0.05 --num_epochs 25 --lr_update 15 --learning_rate 0.0005 --embed_size 1024)
+flags=(
+  --model chan --wemb_type glove --precomp_enc_type selfattention --batch_size 384 --drop
+  --vse_mean_warmup_epochs 1 --margin 0.05 --num_epochs 25 --lr_update 15 --learning_rate 0.0005
+  --embed_size 1024
+)
 source "$(dirname "$0")/row.sh"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a trained SCAN in minutes: bash scripts/demo.sh [more flags of train.py]
-# Makes an environment, draws the demo set, builds its vocabulary, trains SCAN t-i, tests it.
+# Makes an environment, draws the demo set, builds its vocabulary, trains SCAN t-i, and tests it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh

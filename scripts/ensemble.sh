@@ -1,6 +1,7 @@
-# Sourced by the ensemble scripts: the mean of two trained models' score matrices beside the paper's.
-# The script sets: name, title, data_name, paper (1K or f30k), paper_5k (COCO), pair (two row names).
-# With two checkpoints named instead, only ours is printed: the paper's row is of its own pair.
+# Sourced by the ensemble scripts: evaluates the mean of two trained models' score matrices, and
+# prints the paper's recalls and its own. The calling script sets: name, title, data_name, paper (1K
+# or f30k), paper_5k (COCO), pair (two row names). If two checkpoints are given, the paper's recalls
+# are not printed: they belong to the paper's pair.
 set -euo pipefail
 if [ $# -ne 1 ] && [ $# -ne 3 ]; then
   echo "use: bash scripts/$name.sh DATA_PATH [CHECKPOINT CHECKPOINT]" >&2
@@ -25,7 +26,7 @@ else
 fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/scripts/environment.sh"
-score() { # title, the paper's six recalls or nothing, flags
+score() { # arguments: title, the paper's six recalls or nothing, flags
   echo "$1"
   local paper=$2
   shift 2

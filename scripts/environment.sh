@@ -1,6 +1,6 @@
-# Sourced by the other scripts: sets PYTHON to a Python with requirements.txt
-# (and the packages in $extras) installed. $PYTHON, if set, is used as it is; otherwise .venv is made
-# in the project's folder.
+# Sourced by the other scripts: sets PYTHON to a Python with requirements.txt (and the packages in
+# $extras) installed. If $PYTHON is set, it is used as it is; otherwise the script makes .venv in
+# the project's folder.
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ -z "${PYTHON:-}" ]; then
   if ! [ -x "$project/.venv/bin/python" ]; then

@@ -4,5 +4,8 @@ name=gsmn_coco_dense
 title="GSMN dense, MS-COCO 1K, mean of five folds"
 data_name=coco_precomp
 paper=""
-flags=(--model gsmn --lambda_softmax 10 --num_epochs 20 --lr_update 5 --learning_rate 0.0005 --batch_size 32)
+flags=(
+  --model gsmn --lambda_softmax 10 --num_epochs 20 --lr_update 5 --learning_rate 0.0005
+  --batch_size 32 --max_violation --bi_gru
+)
 source "$(dirname "$0")/row.sh"

@@ -5,7 +5,7 @@
 name=gsmn_f30k_ensemble
 title="GSMN dense + sparse, Flickr30K, 1,000 test images"
 data_name=f30k_precomp
-paper=""
+paper="76.4 94.3 97.3 57.4 82.3 89.0"
 paper_5k=""
 pair=(gsmn_f30k_dense gsmn_f30k_sparse)
 source "$(dirname "$0")/ensemble.sh"

@@ -7,5 +7,8 @@ data_name=f30k_precomp
 paper="72.8 91.0 95.8 52.8 78.8 85.6"
 dependencies=yes
 # With the dense row's seed it would be the dense model: on real parses they are one function.
-flags=(--model gsmn --lambda_softmax 20 --num_epochs 30 --lr_update 15 --learning_rate 0.0002 --batch_size 64 --is_sparse --seed 1)
+flags=(
+  --model gsmn --lambda_softmax 20 --num_epochs 30 --lr_update 15 --learning_rate 0.0002
+  --batch_size 64 --is_sparse --seed 1 --max_violation --bi_gru
+)
 source "$(dirname "$0")/row.sh"

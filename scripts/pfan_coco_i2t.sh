@@ -5,5 +5,8 @@ title="PFAN i-t, MS-COCO 1K, mean of five folds"
 data_name=coco_precomp
 paper=""
 positions=yes
-flags=(--model pfan --agg_func Mean --cross_attn i2t --lambda_softmax 4 --num_epochs 30 --lr_update 15 --learning_rate 0.0005)
+flags=(
+  --model pfan --agg_func Mean --cross_attn i2t --lambda_softmax 4 --num_epochs 30 --lr_update 15
+  --learning_rate 0.0005 --max_violation --bi_gru
+)
 source "$(dirname "$0")/row.sh"

@@ -5,5 +5,8 @@ title="PFAN i-t, Flickr30K, 1,000 test images"
 data_name=f30k_precomp
 paper=""
 positions=yes
-flags=(--model pfan --agg_func Mean --cross_attn i2t --lambda_softmax 4 --num_epochs 30 --lr_update 15 --learning_rate 0.0002)
+flags=(
+  --model pfan --agg_func Mean --cross_attn i2t --lambda_softmax 4 --num_epochs 30 --lr_update 15
+  --learning_rate 0.0002 --max_violation --bi_gru
+)
 source "$(dirname "$0")/row.sh"

@@ -5,5 +5,8 @@ title="PFAN-P (position only) t-i, Flickr30K, 1,000 test images"
 data_name=f30k_precomp
 paper=""
 positions=yes
-flags=(--model pfan --agg_func Mean --position only --cross_attn t2i --lambda_softmax 9 --num_epochs 30 --lr_update 15 --learning_rate 0.0002)
+flags=(
+  --model pfan --agg_func Mean --position only --cross_attn t2i --lambda_softmax 9 --num_epochs 30
+  --lr_update 15 --learning_rate 0.0002 --max_violation --bi_gru
+)
 source "$(dirname "$0")/row.sh"

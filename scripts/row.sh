@@ -1,12 +1,13 @@
-# Sourced by the scripts of single rows: trains one model and prints the paper's recalls beside ours.
-# The row sets: name, title, data_name, flags (bash array), paper (six recalls, nan where one is not
-# known, or nothing) and for COCO, whose `paper` is of 1K, paper_5k; sent=sent_ if its captions may be
-# in {split}_sent_caps.txt, bert=yes if BERT reads them; and dependencies=yes or positions=yes where
-# it needs them: util/dependency_parser.py and util/positions.py make those that are missing.
+# Sourced by the scripts of single rows: trains one model, and prints the paper's recalls and its own.
 # Use:
 #   bash scripts/ROW.sh DATA_PATH [more flags of train.py]
-# Checkpoints and logs go to runs/$name (or $RUNS/$name) and the vocabulary is read from, or built in,
-# vocab (or $VOCAB_PATH), all seen from where the script is called.
+# A row sets: name; title; data_name; flags, the whole command line of train.py except folders;
+# paper, its six recalls (nan: not known), or nothing. For COCO, paper is the 1K row, and paper_5k the
+# 5K row. Optional: sent=sent_ if its captions may be in {split}_sent_caps.txt; bert=yes if BERT reads
+# them; dependencies=yes or positions=yes if it needs these files. util/dependency_parser.py and
+# util/positions.py make the missing ones.
+# Checkpoints and logs go to runs/$name (or $RUNS/$name). The vocabulary is read from vocab (or
+# $VOCAB_PATH), or built there. All paths start at the folder where the script is called.
 set -euo pipefail
 if [ $# -eq 0 ] || [ "${1#-}" != "$1" ]; then
   echo "use: bash scripts/$name.sh DATA_PATH [more flags of train.py]" >&2
@@ -26,7 +27,7 @@ sent=${sent:-}
 [ -n "${bert:-}" ] || [ -f "$vocab_path/${data_name}_${sent}vocab.json" ] ||
   "$PYTHON" "$root/vocab.py" --data_path "$data_path" --data_name "$data_name" ${sent:+--sent} \
     --out "$vocab_path/${data_name}_${sent}vocab.json"
-find_missing() { # the splits that have the first file and not the second: into the array missing
+find_missing() { # sets the array missing: the splits with the first file, but without the second
   missing=()
   local split stem
   for split in train dev test testall; do
@@ -48,8 +49,8 @@ if [ -n "${positions:-}" ]; then
 fi
 echo "$title"
 "$PYTHON" "$root/train.py" --data_path "$data_path" --data_name "$data_name" --vocab_path "$vocab_path" \
-  --model_name "$run" --logger_name "$run" --max_violation --bi_gru "${flags[@]}" "$@"
-test_it() { # title, the paper's recalls or nothing, flags
+  --model_name "$run" --logger_name "$run" "${flags[@]}" "$@"
+test_it() { # arguments: title, the paper's recalls or nothing, flags
   echo "$1"
   local paper=$2
   shift 2

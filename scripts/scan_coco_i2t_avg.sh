@@ -4,5 +4,8 @@ name=scan_coco_i2t_avg
 title="SCAN i-t AVG, MS-COCO 1K, mean of five folds"
 data_name=coco_precomp
 paper="69.2 93.2 97.5 54.4 86.0 93.6"
-flags=(--cross_attn i2t --agg_func Mean --lambda_softmax 4 --num_epochs 20 --lr_update 10 --learning_rate 0.0005)
+flags=(
+  --cross_attn i2t --agg_func Mean --lambda_softmax 4 --num_epochs 20 --lr_update 10
+  --learning_rate 0.0005 --max_violation --bi_gru
+)
 source "$(dirname "$0")/row.sh"

@@ -4,5 +4,7 @@ name=scan_f30k_i2t_avg
 title="SCAN i-t AVG, Flickr30K, 1,000 test images"
 data_name=f30k_precomp
 paper="67.9 89.0 94.4 43.9 74.2 82.8"
-flags=(--cross_attn i2t --agg_func Mean --lambda_softmax 4)
+flags=(
+  --cross_attn i2t --agg_func Mean --lambda_softmax 4 --max_violation --bi_gru
+)
 source "$(dirname "$0")/row.sh"

@@ -1,4 +1,4 @@
-# Sourced by the scripts of the two published ports, which set: name, port.
+# Sourced by the scripts of the two published ports; they set name and port.
 set -euo pipefail
 if [ $# -eq 0 ] || [ "${1#-}" != "$1" ]; then
   echo "use: bash scripts/$name.sh CHECKPOINT [more flags of serve.py]" >&2

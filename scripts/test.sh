@@ -8,6 +8,6 @@ extras="$extras eccv_caption==0.1.0"
 source scripts/environment.sh
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-# A process a core, each with one thread: two threads in each of them would wait for each other.
+# One process per core, with one thread each: with two threads each, they would wait for each other.
 export OMP_NUM_THREADS=1
 "$PYTHON" -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadgroup "$@"
