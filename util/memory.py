@@ -1,4 +1,4 @@
-"""How much memory a process took."""
+"""The peak memory of a process."""
 
 import contextlib
 import sys
@@ -8,14 +8,15 @@ import torch
 
 
 def peak_mib(device: torch.device) -> int | None:
-    """The most this process has held so far, in MiB: of the GPU on CUDA, else of its own memory.
+    """The peak memory of this process so far, in MiB: GPU memory on CUDA, else resident memory.
 
-    The latter counts what it mapped of files and read. None where the system does not say.
+    Resident memory includes the parts of memory-mapped files that were read. Returns None if the
+    system does not report it.
     """
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20)
     with contextlib.suppress(OSError, ValueError, IndexError):  # Linux
-        # Before ru_maxrss, which would start at the memory of the process that started this one.
+        # ru_maxrss comes second: it starts at the memory of the parent process.
         status = Path("/proc/self/status").read_text()
         return round(int(status.partition("VmHWM:")[2].split()[0]) / 2**10)
     with contextlib.suppress(ImportError):  # not on Windows

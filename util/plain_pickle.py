@@ -1,8 +1,9 @@
-"""Arrays of plain objects that older programs saved by pickling, read without running anything.
+"""Read arrays of plain objects that older programs pickled, without running code from the file.
 
-A pickle may call any function of the machine it is read on, and numpy's own, called with chosen
-arguments, read memory they should not. So no name in the file reaches anything but the stand-ins
-below, which take what numpy writes for numbers, strings and arrays, check it, and keep it.
+A pickle may call any function of the machine that reads it. Even numpy's own functions, called with
+chosen arguments, can read memory that they should not. So a name in the file can only reach the
+stand-ins below. They take the arguments that numpy writes for numbers, strings and arrays, check
+them, and keep them.
 """
 
 import os
@@ -13,7 +14,7 @@ import numpy as np
 
 from util.cli import InputError
 
-# dtypes of numbers, strings, bytes, and objects; no structured ones.
+# The dtypes of numbers, strings, bytes and objects, but no structured dtypes.
 _DTYPE = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248]|[SU]\d{0,6}|O8?)")
 
 
@@ -22,7 +23,7 @@ def _refuse(what: str):
 
 
 class _Call:
-    """What a permitted name stands for: called as the original, and good for nothing else."""
+    """The stand-in for a permitted name: it can only be called, like the original."""
 
     __slots__ = ("_function",)
 
@@ -37,7 +38,7 @@ class _Call:
 
 
 class _Dtype:
-    """A dtype as numpy writes it: a short name, then its byte order as state."""
+    """A dtype as numpy pickles it: a short name, then the byte order as state."""
 
     __slots__ = ("value",)
 
@@ -55,7 +56,7 @@ class _Dtype:
 
 
 class _Array:
-    """An array as numpy writes it: empty first, then its shape, dtype and content as state."""
+    """An array as numpy pickles it: first empty, then its shape, dtype and content as state."""
 
     __slots__ = ("value",)
 
@@ -66,7 +67,7 @@ class _Array:
             if not isinstance(content, list) or len(content) != count:
                 _refuse("an array that is not as long as its content")
             self.value = np.empty(count, dtype=object)
-            for k, x in enumerate(content):  # not at once: numpy would look into lists
+            for k, x in enumerate(content):  # one by one: numpy would unpack lists
                 self.value[k] = _plain(x)
         else:
             content = content.encode("latin1") if isinstance(content, str) else content
@@ -77,7 +78,7 @@ class _Array:
 
 
 def _plain(x):
-    """An object with the arrays that stand in it, or in a dict, as numpy's own."""
+    """An object with its stand-in arrays replaced by numpy's, also among the values of a dict."""
     if isinstance(x, dict):
         return {
             key: value.value if isinstance(value, _Array) else value for key, value in x.items()
@@ -93,7 +94,7 @@ def _scalar(dtype, content):
 
 
 def _bytes(text, encoding):
-    """How pickles of protocol 2 write bytes: as text in latin1."""
+    """Bytes, which pickles of protocol 2 write as text in latin1."""
     return text.encode("latin1") if encoding == "latin1" else _refuse(f"bytes in {encoding}")
 
 
@@ -102,7 +103,7 @@ _ALLOWED = {
     ("numpy", "dtype"): _Call(_Dtype),
     ("_codecs", "encode"): _Call(_bytes),
 }
-for _core in ("core", "_core"):  # before and since numpy 2
+for _core in ("core", "_core"):  # before numpy 2, and since
     _ALLOWED[f"numpy.{_core}.multiarray", "_reconstruct"] = _Call(lambda *_: _Array())
     _ALLOWED[f"numpy.{_core}.multiarray", "scalar"] = _Call(_scalar)
 
@@ -118,8 +119,8 @@ class _Unpickler(pickle.Unpickler):
 def load_objects(path: str | os.PathLike) -> np.ndarray:
     """The array of a .npy file, of numbers or of plain objects (dicts, strings, numbers, arrays).
 
-    Also of what `array.dump` wrote, a pickle without a head. Raises InputError for a file that is
-    no array or names anything else; nothing of it runs.
+    A file that `array.dump` wrote, a pickle without a header, is read too. Raises InputError if the
+    file is not an array or names anything else; no code from it runs.
     """
     try:
         with open(path, "rb") as file:
@@ -146,5 +147,5 @@ def load_objects(path: str | os.PathLike) -> np.ndarray:
             f"{path}: not a whole .npy array ({type(error).__name__}: {error}); copy it again"
         ) from None
     if objects.shape != shape:
-        raise InputError(f"{path}: an array of shape {objects.shape}, its head says {shape}")
+        raise InputError(f"{path}: an array of shape {objects.shape}, its header says {shape}")
     return objects

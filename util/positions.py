@@ -1,13 +1,14 @@
-"""Pixel boxes to the blocks that PFAN reads.
+"""Convert pixel boxes to the position blocks that PFAN reads.
 
     python util/positions.py --data_path data --data_name f30k_precomp      # all splits
     python util/positions.py --data_name tencent_data --with_area           # for pfan_whole
 
-An image is cut into 16 x 16 blocks, id = column * 16 + row. Of each region `{split}_boxes.npy`
-(N, R, 30) holds the ids of the 15 blocks that it overlaps most, largest overlap first and of equal
-ones the lower id first; then their weights, overlap divided by the sum of those 15. Where a region
-overlaps fewer blocks, the rest have id 256 (no block) and weight 0. It is made from
-`{split}_ims_bbx.npy` (N, R, 4), left, top, right, bottom in pixels, and `{split}_ims_size.npy`.
+An image is cut into 16 x 16 blocks with id = column * 16 + row. For each region,
+`{split}_boxes.npy` (N, R, 30) holds the ids of the 15 blocks with the largest overlap, the largest
+first; if two overlaps are equal, the lower id comes first. Then come their weights: the overlaps
+divided by the sum of the 15. If a region overlaps fewer blocks, the other ids are 256 (no block)
+and their weights 0. The script reads `{split}_ims_bbx.npy` (N, R, 4), left, top, right, bottom in
+pixels, and `{split}_ims_size.npy`.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import sys
 
 import numpy as np
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # run by its path
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # when run by path
 
 from util.arrays import open_array, read_sizes  # noqa: E402
 from util.cli import InputError, progress, replacing, run  # noqa: E402
@@ -33,23 +34,23 @@ def find_blocks(
 ) -> np.ndarray:
     """Blocks and weights (N, R, 2 n_blocks), float32, of boxes (N, R, 4) in pixels.
 
-    sizes (N, 2) are the images' widths and heights. What lies outside the image does not count. A
-    box without area, such as a region that is only padding, has no blocks. `with_area` adds a
-    column: the box's area in parts of the image's.
+    sizes (N, 2) are the images' widths and heights. The part of a box outside the image overlaps no
+    block. A box without area, such as a padding region, has no blocks. `with_area` adds a column:
+    the area of the box as a fraction of the area of the image.
     """
     scale = np.tile(np.asarray(sizes, np.float64), 2)[:, None]  # (N, 1, 4)
     low, high = np.split(np.asarray(boxes, np.float64) / scale * split_size, 2, axis=2)  # (N, R, 2)
     lines = np.arange(split_size)
-    # How much of each column and of each row of blocks a box covers; in units of a block, so that
-    # blocks wholly inside have exactly 1 and tie.
+    # The part of each column and of each row of blocks that a box covers. Its unit is a block, so
+    # that the blocks that a box covers completely have exactly 1, and tie.
     covered = np.minimum(high[..., None], lines + 1) - np.maximum(low[..., None], lines)
     columns, rows = np.moveaxis(covered.clip(0, 1), 2, 0)  # (N, R, split_size)
     overlap = (columns[..., :, None] * rows[..., None, :]).reshape(*columns.shape[:2], -1)
-    rounded = overlap.round(9)  # rounding shall not decide a tie, nor touch the next block
+    rounded = overlap.round(9)  # so that rounding errors decide no tie and add no block
     overlap = np.where(rounded > 0, overlap, 0)
     order = np.argsort(-rounded, axis=2, kind="stable")[..., :n_blocks]  # (N, R, k)
     kept = np.take_along_axis(overlap, order, 2)  # (N, R, k)
-    missing = n_blocks - kept.shape[2]  # an image may have less than n_blocks
+    missing = n_blocks - kept.shape[2]  # an image may have fewer blocks
     ids = np.where(kept > 0, order, split_size**2)  # (N, R, k)
     weights = kept / np.maximum(kept.sum(2, keepdims=True), 1e-300)  # (N, R, k)
     pad = ((0, 0), (0, 0), (0, missing))
@@ -62,7 +63,10 @@ def find_blocks(
 def convert(
     stem: str, split_size: int = 16, n_blocks: int = 15, with_area: bool = False, chunk: int = 256
 ) -> tuple[int, int]:
-    """Write `{stem}_boxes.npy`, whole or not at all: (images, regions that have no block)."""
+    """Write `{stem}_boxes.npy`, completely or not at all.
+
+    Returns the number of images and the number of regions that overlap no block.
+    """
     boxes = open_array(f"{stem}_ims_bbx.npy", ndim=3)  # (N, R, 4)
     if boxes.shape[2] != 4:
         raise InputError(
@@ -74,7 +78,7 @@ def convert(
     if boxes[:256].max(initial=0) <= 1:
         print(
             f"warning: {stem}_ims_bbx.npy: expected left, top, right, bottom in pixels, but no "
-            "number is above 1: are they parts of the image already?"
+            "number is above 1: are they fractions of the image already?"
         )
     without = 0
     with replacing(f"{stem}_boxes.npy") as part:
@@ -95,10 +99,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--data_path", default="data", help="folder that holds DATA_NAME/")
     parser.add_argument("--data_name", default="f30k_precomp", help="e.g. f30k_precomp")
-    parser.add_argument("--splits", nargs="+", help="default: those that have boxes")
-    parser.add_argument("--split_size", type=int, default=16, help="blocks along a side")
-    parser.add_argument("--n_blocks", type=int, default=15, help="blocks kept a region")
-    parser.add_argument("--with_area", action="store_true", help="the area as a last column")
+    parser.add_argument("--splits", nargs="+", help="default: all splits that have boxes")
+    parser.add_argument("--split_size", type=int, default=16, help="blocks per side of an image")
+    parser.add_argument("--n_blocks", type=int, default=15, help="blocks kept per region")
+    parser.add_argument(
+        "--with_area", action="store_true", help="add a column: area of the box / area of the image"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     opt = parser.parse_args(argv)
     if opt.split_size < 1 or opt.n_blocks < 1:

@@ -1,7 +1,7 @@
-"""Word vectors from a text file.
+"""Read word vectors from a text file.
 
-GloVe's has a word and its numbers a line; fastText's .vec besides a first line that says how many
-words there are, and numbers a word.
+Each line of a GloVe file holds a word and its numbers. A .vec file of fastText
+has one more line, the first: the number of words, and of numbers per word.
 """
 
 import os
@@ -15,16 +15,16 @@ from vocab import SPECIAL, Vocabulary
 
 
 def spellings(word: str) -> list[str]:
-    """A word as it may stand in the file: as it is; without - . '; before its first /."""
+    """Spellings to look for: the word as it is; up to its first /, without - . and '."""
     bare = word.replace("-", "").replace(".", "").replace("'", "")
     return list(dict.fromkeys((word, bare.partition("/")[0] or word)))
 
 
 def read_vectors(path: str, vocab: Vocabulary, dim: int) -> tuple[list[int], Tensor]:
-    """Ids of the vocabulary's words that the file holds, and their vectors (n, dim), float32.
+    """The ids of the vocabulary's words that the file holds, and their vectors (n, dim), float32.
 
-    Only the vocabulary's words are kept in memory. Of two lines of one word the first counts.
-    Raises FileNotFoundError, or InputError with the line that has not `dim` numbers.
+    Only the vocabulary's words are kept in memory. If two lines hold the same word, the first line
+    counts. Raises FileNotFoundError, or InputError with the line that does not hold `dim` numbers.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(
@@ -36,9 +36,9 @@ def read_vectors(path: str, vocab: Vocabulary, dim: int) -> tuple[list[int], Ten
     with open(path, "rb") as lines:
         for row, line in enumerate(progress(lines, "word vectors"), 1):
             fields = line.removeprefix(b"\xef\xbb\xbf" if row == 1 else b"").rstrip().split(b" ")
-            head = row == 1 and len(fields) == 2 and fields[1].isdigit()  # fastText's
+            head = row == 1 and len(fields) == 2 and fields[1].isdigit()  # of a .vec file
             numbers = int(fields[1]) if head else len(fields) - 1
-            # A token may hold spaces, as some of glove.840B do.
+            # A word may hold spaces; some words of glove.840B do.
             if numbers < dim or (row == 1 and numbers > dim):
                 raise InputError(
                     f"{path}: line {row} has {numbers} numbers after its word, expected {dim}, as "
