@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import vocab
 from util import positions
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test asks the network
+os.environ["HF_HUB_OFFLINE"] = "1"  # set before transformers is imported: no test uses the network
 
 WORDS = "red green blue tall small dog cat man bird car runs sits flies stands".split()
 GOLDEN = sorted((Path(__file__).parent / "golden").iterdir())
@@ -19,7 +20,7 @@ GOLDEN = sorted((Path(__file__).parent / "golden").iterdir())
 def write_split(
     folder: Path, split: str, n: int, k: int = 5, regions: int = 4, dim: int = 12, repeat: int = 1
 ) -> None:
-    """n images whose regions are the vectors of words, k captions each of those words."""
+    """Write n images whose regions are vectors of words, and k captions of those words for each."""
     table = np.random.default_rng(0).normal(size=(len(WORDS), dim))
     rng = np.random.default_rng([n, k, *split.encode()])
     images = np.zeros((n, regions, dim), np.float32)
@@ -35,7 +36,7 @@ def write_split(
 
 
 def write_graphs(folder: Path, split: str, words: vocab.Vocabulary) -> None:
-    """What GSMN reads besides: boxes, sizes, word ids, and a chain of dependencies a caption."""
+    """Write what GSMN also reads: boxes, image sizes, word ids, one chain of words per caption."""
     n, regions, _ = np.load(folder / f"{split}_ims.npy", mmap_mode="r").shape
     rng = np.random.default_rng(n)
     sizes = rng.integers(200, 600, (n, 2))
@@ -52,7 +53,7 @@ def write_graphs(folder: Path, split: str, words: vocab.Vocabulary) -> None:
 
 
 def write_positions(folder: Path, split: str, dim: int = 12, with_area: bool = False) -> None:
-    """What PFAN reads besides: blocks, and of its whole-image variant vectors of whole images."""
+    """Write what PFAN also reads: blocks of regions, and vectors of whole images."""
     positions.convert(str(folder / split), with_area=with_area)
     n = len(np.load(folder / f"{split}_ims.npy", mmap_mode="r"))
     whole = np.random.default_rng(n).normal(size=(n, dim)).astype(np.float32)
@@ -73,7 +74,7 @@ def tiny(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tiny_graphs(tiny):
-    """The same with boxes and graphs."""
+    """The directory of tiny, with boxes and graphs."""
     words = vocab.deserialize_vocab("vocab/tiny_precomp_vocab.json")
     for split in ("train", "dev", "test"):
         write_graphs(tiny / "data" / "tiny_precomp", split, words)
@@ -82,10 +83,31 @@ def tiny_graphs(tiny):
 
 @pytest.fixture
 def tiny_positions(tiny_graphs):
-    """The same with blocks and whole images."""
+    """The directory of tiny_graphs, with blocks and whole images."""
     for split in ("train", "dev", "test"):
         write_positions(tiny_graphs / "data" / "tiny_precomp", split)
     return tiny_graphs
+
+
+@pytest.fixture
+def server(tiny_positions):
+    """serve.py with a checkpoint of PFAN's whole-image variant, in a process of its own."""
+    from tests.serving import WHOLE, Server, write_checkpoint
+
+    server = Server(write_checkpoint(WHOLE))
+    yield server
+    server.process.kill()
+    server.process.communicate()
+
+
+@pytest.fixture
+def little(tmp_path):
+    """The folder of a small random BERT, and its model."""
+    from tests.small_bert import write_bert
+
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    return folder, write_bert(folder)
 
 
 TRAIN = (
@@ -96,7 +118,7 @@ TRAIN = (
 
 
 def train_args(**options) -> list[str]:
-    """The tiny run's command line with some options changed or (value None) removed."""
+    """The command line of the tiny run, with some options changed or (value None) removed."""
     args = list(TRAIN)
     for name, value in options.items():
         flag = f"--{name}"
@@ -113,3 +135,15 @@ def train_args(**options) -> list[str]:
 def read_log(folder: str | os.PathLike) -> list[dict]:
     with open(os.path.join(folder, "log.jsonl")) as lines:
         return [json.loads(line) for line in lines]
+
+
+def weights(path: str) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint of SCAN."""
+    image, text = torch.load(path, weights_only=False)["model"]
+    return dict(image) | dict(text)
+
+
+def same_weights(a: str, b: str) -> bool:
+    """Whether two checkpoints of SCAN hold equal weights."""
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -2,11 +2,11 @@
 
 `draw(seed)` makes a case: a system with options, weights and a batch, from degenerate sizes (one
 region, one image, one word, blocks of one number) to features that are large, small, opposite,
-repeated or missing. `check(case)` runs a training step's forward and backward pass three times: as
-the project does, in float32; by the loops of tests/reference.py in float64, which count as the
-truth; and by the same loops in float32. The last run says what float32 can reach: the project's
-scores, loss and gradients may be ten times as far from the truth, or 1e-5 of the largest number,
-and no farther.
+repeated or missing. `check(case)` runs the forward and backward pass of a training step three
+times: as the project does, in float32; with the loops of tests/reference_systems.py in float64,
+which count as the truth; and with the same loops in float32. The last run shows the precision that
+float32 can reach. The project's scores, loss and gradients may be ten times as far from the truth,
+or 1e-5 of the largest number, and no farther.
 
 Shapes: B pairs of a batch, R regions, W words, F numbers per region.
 """
@@ -21,18 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import model
+import attention
 import pairs
 from chan import CHAN, CODING, FEEDFORWARD, POOLING, InfoNCELoss
-from data import adjacency
 from gsmn import GSMN
+from gsmn_data import adjacency
 from model import AGG_FUNC, RAW_FEATURE_NORM, SCAN, ContrastiveLoss
 from pfan import PFAN, PFANWhole
-from tests import reference
+from tests import reference, reference_systems
 
 SYSTEMS = {"scan": SCAN, "gsmn": GSMN, "pfan": PFAN, "pfan_whole": PFANWhole, "chan": CHAN}
 WORDS = 12  # in the vocabulary
-TIMES, LEAST = 10, 1e-5  # the bound: so many times the distance of plain loops, and this
+TIMES, LEAST = 10, 1e-5  # the bound: TIMES the distance of plain loops, at least LEAST
 
 
 @dataclasses.dataclass
@@ -58,7 +58,7 @@ class Case:
 
 @dataclasses.dataclass
 class Finding:
-    """What is farther from float64 than it may be."""
+    """A result that is farther from float64 than the bound allows."""
 
     what: str  # scores, loss, or the weight whose gradient it is
     distance: float
@@ -73,7 +73,7 @@ class Finding:
 
 
 class Draws:
-    """Random numbers of one case."""
+    """The random numbers of one case."""
 
     def __init__(self, seed: int):
         self.rng = np.random.default_rng(seed)
@@ -85,7 +85,7 @@ class Draws:
         return bool(self.rng.random() < p)
 
     def between(self, low: float, high: float) -> float:
-        """A number whose logarithm is uniform."""
+        """A random number whose logarithm is uniform."""
         return float(np.exp(self.rng.uniform(np.log(low), np.log(high))))
 
     def normal(self, *shape: int) -> Tensor:
@@ -96,7 +96,7 @@ class Draws:
 
 
 def draw(seed: int, system: str | None = None) -> Case:
-    """The case of a seed, of any system or of one."""
+    """The case of a seed, of any system or of the one given."""
     r = Draws(seed)
     drawn = r.pick(SYSTEMS)
     system = system or drawn
@@ -113,11 +113,12 @@ def draw(seed: int, system: str | None = None) -> Case:
     captions = torch.from_numpy(r.rng.integers(WORDS, size=(n, int(lengths.max()))))  # (B, W)
     batch |= {"captions": captions, "lengths": lengths}
     if r.chance(0.25):
-        inside = r.uniform(n, regions) < 0.6  # (B, R)
-        inside[:, -1] = True
+        mask = r.uniform(n, regions) < 0.6  # (B, R)
+        mask[:, -1] = True
         if options.get("need_box_whole"):
-            inside[:, 0] = True
-        batch |= {"inside": inside, "images": batch["images"].masked_fill(~inside[..., None], 0)}
+            mask[:, 0] = True
+        images = batch["images"].masked_fill(~mask[..., None], 0)  # (B, R, F)
+        batch |= {"region_mask": mask, "images": images}
     dependencies = None
     if system == "gsmn":
         batch["boxes"] = r.uniform(n, regions, 2, 2).sort(2).values.flatten(2)  # (B, R, 4)
@@ -132,9 +133,9 @@ def draw(seed: int, system: str | None = None) -> Case:
 
 
 def draw_options(r: Draws, system: str, regions: int) -> dict:
-    """Arguments of a system's model."""
-    # In one dimension a cosine is 1 or -1, all gradients are rounding: only GSMN has such blocks.
-    # Features of one number make images alike, whose scores are tied.
+    """Random arguments for the model of a system."""
+    # In one dimension a cosine is 1 or -1 and all gradients are rounding errors: only GSMN has such
+    # blocks. Features of one number make images alike, and their scores are tied.
     img_dim, depth = r.pick([2, 3, 8, 20]), r.pick([2, 3, 4, 8, 16, 32, 64])
     options = {"img_dim": img_dim, "word_dim": r.pick([1, 4, 7]), "embed_size": depth}
     options |= {"num_layers": r.pick([1, 1, 1, 2]), "no_imgnorm": r.chance(0.4)}
@@ -170,7 +171,7 @@ def draw_options(r: Draws, system: str, regions: int) -> dict:
 
 
 def draw_model(r: Draws, system: str, options: dict) -> nn.Module:
-    """A model whose weights are of several sizes."""
+    """A model whose weights have several magnitudes."""
     net = SYSTEMS[system](WORDS, **options)
     with torch.no_grad():
         spread = r.between(1, 10) if r.chance(0.7) else 1.0
@@ -179,7 +180,7 @@ def draw_model(r: Draws, system: str, options: dict) -> nn.Module:
         if r.chance(0.3):
             nn.init.normal_(net.img_enc.fc.bias, std=r.between(0.01, 1))
         net.txt_enc.embed.weight *= r.pick([1.0, 10.0, 100.0])
-        # A large bias of the new gate: states that grow in one direction from word to word.
+        # A large bias of the new gate makes states that grow in one direction from word to word.
         factor = r.pick([1.0, 1.0, 30.0])
         for name, p in net.txt_enc.rnn.named_parameters():
             if name.startswith("bias_ih"):
@@ -188,7 +189,7 @@ def draw_model(r: Draws, system: str, options: dict) -> nn.Module:
 
 
 def draw_images(r: Draws, n: int, regions: int, img_dim: int) -> Tensor:
-    """Features (B, R, F), large or small, of regions that are opposite, or alike, or missing."""
+    """Features (B, R, F), large or small; some regions are opposite, alike or missing."""
     images = r.normal(n, regions, img_dim)  # (B, R, F)
     kind = r.pick(["noise", "noise", "positive", "opposite", "opposite", "alike"])
     if kind == "positive":
@@ -208,7 +209,7 @@ def draw_graphs(r: Draws, lengths: Tensor) -> tuple[list, Tensor]:
     longest, many = int(lengths.max()), r.pick([0, 1, 2])
     dependencies, adjacencies = [], torch.zeros(len(lengths), longest, longest)  # (B, W, W)
     for a, w in zip(adjacencies, lengths.tolist(), strict=True):
-        # The first pair, the root's, does not count.
+        # The first pair is that of the root and does not count.
         pairs = torch.from_numpy(r.rng.integers(w, size=(1 + w * many // 2, 2)))
         dependencies.append(pairs.tolist())
         a[:w, :w] = adjacency(w, pairs[1:])
@@ -243,10 +244,11 @@ def gradients(net: nn.Module) -> dict[str, Tensor]:
 def scales(
     net: nn.Module, scores: Tensor, loss: Tensor, found: dict[str, Tensor]
 ) -> dict[str, float]:
-    """What a distance from each of the results found is relative to.
+    """The number that the distance of each result is divided by.
 
-    Of scores and loss the largest number, or 1. Of a gradient the largest number, or what it would
-    be if the pairs' parts in it did not cancel; or a tenth of the largest gradient of all weights.
+    For scores and loss it is their largest number, at least 1. For a gradient it is the largest
+    number, or what that would be if the parts of the pairs did not cancel, at least a tenth of the
+    largest gradient of all weights.
     """
     (weights,) = torch.autograd.grad(loss, scores, retain_graph=True)  # (B, B)
     scale = {name: x.abs().max().item() for name, x in found.items()}
@@ -262,21 +264,21 @@ def scales(
 
 
 def image_index(case: Case) -> Tensor | None:
-    """Which image each pair shows: every two show one, where that is to be known."""
+    """Which image each pair shows: two pairs per image, or None where the loss ignores it."""
     if not case.training["no_false_negatives"]:
         return None
     return torch.arange(len(case.batch["images"])) // 2  # (B,)
 
 
 def run_fast(case: Case) -> dict[str, Tensor]:
-    """Results of the step as the project takes it."""
+    """The results of the step as the project computes it."""
     net, training = case.model, case.training
     net.grad_checkpointing = training["grad_checkpointing"]
     criterion = ContrastiveLoss(training["margin"], training["max_violation"])
     if training["infonce"]:
         criterion = InfoNCELoss(training["infonce"], training["margin"])
     with ExitStack() as stack:
-        for module in (model, pairs):
+        for module in (attention, pairs):
             size = mock.patch.object(module, "block_size", lambda device: training["block_size"])
             stack.enter_context(size)
         scores = net.similarity(*net(case.batch))
@@ -284,10 +286,10 @@ def run_fast(case: Case) -> dict[str, Tensor]:
 
 
 def run_plain(case: Case, dtype: torch.dtype) -> tuple[nn.Module, Tensor, Tensor]:
-    """The step by plain loops: model, scores (B, B), loss."""
+    """The step with plain loops: model, scores (B, B), loss."""
     net = copy.deepcopy(case.model).to(dtype)
     batch = {name: x.to(dtype) if x.is_floating_point() else x for name, x in case.batch.items()}
-    scores = reference.system_scores(net, batch, case.dependencies)
+    scores = reference_systems.system_scores(net, batch, case.dependencies)
     training, index = case.training, image_index(case)
     if training["infonce"]:
         loss = reference.info_nce(scores, training["infonce"], training["margin"], index)
@@ -297,7 +299,7 @@ def run_plain(case: Case, dtype: torch.dtype) -> tuple[nn.Module, Tensor, Tensor
 
 
 def distances(case: Case) -> tuple[dict[str, float], dict[str, float]]:
-    """How far each result is from the truth: the project's, and that of plain loops in float32."""
+    """How far each result is from the truth: of the project, and of plain loops in float32."""
     truth = run_plain(case, torch.float64)
     want = results(*truth)
     odd = [name for name, x in want.items() if not x.isfinite().all()]
@@ -324,12 +326,12 @@ def neighbour(case: Case, seed: int) -> Case:
 
 
 def compare(cases: list[Case]) -> list[Finding]:
-    """What is too far from the truth, of the largest distances in these cases."""
+    """The results whose largest distance in these cases is too far from the truth."""
     got, plain = zip(*map(distances, cases), strict=True)
     found = []
     for name in got[0]:
         distance, of_loops = (max(x[name] for x in runs) for runs in (got, plain))
-        # NaN is never the larger one for max(), nor for <=: the sum is NaN if one is.
+        # max() and <= may overlook a NaN; the sum is NaN if one of the distances is.
         distance += 0 * sum(x[name] for x in got)
         bound = max(TIMES * of_loops, LEAST)
         if not distance <= bound and math.isfinite(of_loops):
@@ -338,11 +340,11 @@ def compare(cases: list[Case]) -> list[Finding]:
 
 
 def check(case: Case) -> list[Finding]:
-    """What of the case is wrong; nothing, as a rule.
+    """The findings of a case; as a rule there are none.
 
-    A fault is there with weights of nearly the same values, too. What is not: a run of plain loops
-    that was lucky, and a choice that is all but a tie (of a hardest negative, a largest dot, a
-    hinge) and was decided by rounding.
+    A real fault shows with weights of nearly the same values, too. These do not: a run of plain
+    loops that was exact by luck, and a choice that is almost a tie (of a hardest negative, a
+    largest dot, a hinge) and was decided by rounding.
     """
     if not compare([case]):
         return []

@@ -1,4 +1,8 @@
-"""Plain loops straight from the papers: what the fast routes are tested against."""
+"""Scores and losses as plain loops, straight from the papers.
+
+The tests compare the project's fast routes with them. tests/reference_systems.py puts encoders in
+front of the scores.
+"""
 
 import numpy as np
 import torch
@@ -6,23 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def normalise(s: Tensor, how: str, dim: int = 0) -> Tensor:
+def normalise(s: Tensor, norm: str, dim: int = 0) -> Tensor:
     """Dots s (Q, K), normalised over the Q queries (dimension `dim`) of each key."""
-    if how.startswith("clipped"):
+    if norm.startswith("clipped"):
         s = torch.where(s > 0, s, 0.1 * s)
-    if how.endswith("l2norm"):
-        norm = s.norm(dim=dim, keepdim=True)
-        # Dots with an empty region are zeros and pass no gradient; it would be 1e8 times too large.
-        return torch.where(norm == 0, 0, s / (norm.masked_fill(norm == 0, 1) + 1e-8))
-    if how.endswith("l1norm"):
+    if norm.endswith("l2norm"):
+        length = s.norm(dim=dim, keepdim=True)
+        # The dots with an empty region are zeros. They pass no gradient, which would be 1e8 times
+        # too large.
+        return torch.where(length == 0, 0, s / (length.masked_fill(length == 0, 1) + 1e-8))
+    if norm.endswith("l1norm"):
         return s / (s.abs().sum(dim, keepdim=True) + 1e-8)
-    if how == "softmax":
+    if norm == "softmax":
         return s.softmax(dim)
     return s
 
 
 def aggregate(x: Tensor, agg: str, lambda_lse: float) -> Tensor:
-    """One number of x (Q,)."""
+    """x (Q,) aggregated to one number."""
     return {
         "LogSumExp": lambda: (lambda_lse * x).logsumexp(0) / lambda_lse,
         "Mean": lambda: x.sum() / len(x),
@@ -32,7 +37,7 @@ def aggregate(x: Tensor, agg: str, lambda_lse: float) -> Tensor:
 
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:
-    """Cosine of two vectors; one that is all but zero passes no gradient."""
+    """Cosine of two vectors; a vector that is almost zero passes no gradient."""
     length = (x.norm() * y.norm()).clamp_min(1e-8)
     cos = x @ y / length
     return cos if x.any() and y.norm() > 1e-8 else cos.detach() + 0 * x.sum()
@@ -45,7 +50,7 @@ def pair_score(
     agg: str,
     lambda_softmax: float,
     lambda_lse: float,
-    focus: float = 0.0,
+    bonus: float = 0.0,
 ) -> Tensor:
     """Score of one pair: queries (Q, D) attend to keys (K, D), one query at a time."""
     weights = normalise(queries @ keys.T, norm)  # (Q, K)
@@ -56,7 +61,7 @@ def pair_score(
         cosines.append(cosine(query, attended))
         largest.append(max(attention))
     score = aggregate(torch.stack(cosines), agg, lambda_lse)
-    return score + focus * aggregate(torch.stack(largest), agg, lambda_lse) if focus else score
+    return score + bonus * aggregate(torch.stack(largest), agg, lambda_lse) if bonus else score
 
 
 def xattn_score(
@@ -68,7 +73,7 @@ def xattn_score(
     agg: str = "LogSumExp",
     lambda_softmax: float = 9.0,
     lambda_lse: float = 6.0,
-    focus: float = 0.0,
+    bonus: float = 0.0,
 ) -> Tensor:
     """All pairs, one after the other: (I, C)."""
     scores = []
@@ -76,7 +81,7 @@ def xattn_score(
         for caption, length in zip(captions, cap_lens, strict=True):
             words = caption[:length]
             q, k = (words, image) if direction == "t2i" else (image, words)
-            scores.append(pair_score(q, k, norm, agg, lambda_softmax, lambda_lse, focus))
+            scores.append(pair_score(q, k, norm, agg, lambda_softmax, lambda_lse, bonus))
     return torch.stack(scores).view(len(images), len(captions))
 
 
@@ -90,11 +95,11 @@ def caption_loop(
     lambda_softmax: float = 9.0,
     lambda_lse: float = 6.0,
 ) -> Tensor:
-    """All images at once, one caption after the other: (I, C). What the benchmark runs against.
+    """All images at once, one caption after the other: (I, C). The benchmark compares with it.
 
-    The order of operations is that of the published programs: the caption is copied beside every
-    image, the dots are normalised with a row a key and laid out anew for the softmax over the keys,
-    and the attended vectors come out as columns.
+    The order of operations is that of the published programs: the caption is copied for every
+    image, the dots are normalised with one row per key and copied to a new layout for the softmax
+    over the keys, and the attended vectors are columns.
     """
     scores = []
     for caption, length in zip(captions, cap_lens, strict=True):
@@ -149,21 +154,21 @@ def chan_pair(
 
 
 def chan_plain(regions: Tensor, words: Tensor, lengths: Tensor, belta: float) -> Tensor:
-    """CHAN's VHA with LSE, all pairs at once (I, C); what the benchmark runs against.
+    """CHAN's VHA with LSE, all pairs at once (I, C). The benchmark compares with it.
 
-    As in the published program every dot is laid out, padding filled with -1, and so is the mask
-    that says where: a product of the regions and words that there are. The maxima's padding is
-    -inf.
+    As in the published program, all dots are in memory at once and the padding is filled with -1.
+    The mask of the padding has as many numbers: it is a product over regions and words. The
+    padding of the maxima is -inf.
     """
     s = regions.flatten(0, 1) @ words.flatten(0, 1).mT  # (I R, C W)
     s = s.view(*regions.shape[:2], *words.shape[:2]).permute(0, 2, 1, 3)  # (I, C, R, W)
-    inside = torch.arange(words.size(1)) < lengths[:, None]  # (C, W)
-    inside = inside.to(regions.device)
-    mask = s.new_ones(len(regions) * regions.size(1), 1) @ inside.to(s).view(1, -1)  # (I R, C W)
-    mask = mask.view(*regions.shape[:2], *inside.shape).permute(0, 2, 1, 3)  # (I, C, R, W)
+    word_mask = torch.arange(words.size(1)) < lengths[:, None]  # (C, W)
+    word_mask = word_mask.to(regions.device)
+    mask = s.new_ones(len(regions) * regions.size(1), 1) @ word_mask.to(s).view(1, -1)  # (I R, C W)
+    mask = mask.view(*regions.shape[:2], *word_mask.shape).permute(0, 2, 1, 3)  # (I, C, R, W)
     s = s.masked_fill(mask == 0, -1)  # (I, C, R, W)
     best = s.max(2).values  # (I, C, W)
-    return (best.masked_fill(~inside, -torch.inf) / belta).logsumexp(2)  # (I, C)
+    return (best.masked_fill(~word_mask, -torch.inf) / belta).logsumexp(2)  # (I, C)
 
 
 def info_nce(
@@ -171,7 +176,7 @@ def info_nce(
 ) -> Tensor:
     """InfoNCE of matched pairs on the diagonal, row by row and column by column.
 
-    With image_index (B,), another caption of the same image is no negative.
+    With image_index (B,), another caption of the same image is not a negative.
     """
     n, total = len(scores), 0.0
     index = list(range(n)) if image_index is None else image_index.tolist()
@@ -203,7 +208,7 @@ def hinge(
 
 
 def ranks(scores: np.ndarray) -> tuple[list[int], list[int]]:
-    """0-based ranks of both directions by counting; a tie with a wrong candidate costs a rank."""
+    """0-based ranks in both directions, counted; a tie with a wrong candidate costs one rank."""
     n, m = scores.shape
     k = m // n
     i2t, t2i = [], []
@@ -232,8 +237,8 @@ def gsmn_nodes(queries: Tensor, keys: Tensor, scale: float, num_block: int) -> T
 def log_gaussians(kernels: torch.nn.Module, boxes: Tensor) -> Tensor:
     """log w_ijk (R, R, K) of one image's boxes (R, 4), not normalised.
 
-    Logarithms, because all w of narrow kernels may be too small for a number: what they are divided
-    by is then 0, but their softmax is the same quotient.
+    They are logarithms because all w of narrow kernels may be too small for a number. The divisor
+    would then be 0; the softmax of the logarithms is the same quotient without it.
     """
     mu, nu, s, t = (
         getattr(kernels, name)[:, 0]  # (K,)
@@ -276,9 +281,9 @@ def gsmn_pair(
 
     `pairs` are [governor, dependent], the root's first; None is the dense graph.
     """
-    num_block, scale, neighbours = model.how
-    # Textual graph. Words outside a neighbourhood have e_ij = 0 and rows are normalised after that,
-    # so a softmax over the neighbourhood is the same: it leaves something where they are strong.
+    num_block, scale, neighbours = model.config
+    # Textual graph. Words outside a neighbourhood have e_ij = 0, and rows are normalised after it.
+    # A softmax over the neighbourhood is the same; it does not underflow where others are strong.
     dots, a = scale * words @ words.T, torch.ones(len(words), len(words)).to(words)  # (W, W)
     if pairs is not None:
         a = torch.zeros_like(dots)
@@ -309,12 +314,12 @@ def gsmn_caption_loop(
 ) -> Tensor:
     """Dense GSMN, all images at once, one caption after the other: (I, C); for the benchmark.
 
-    The order of operations is that of the published program: the caption is copied beside every
-    image, attended vectors are built in both directions, each node's vector is copied once a
-    neighbour, and the kernels' weights, computed once a caption, add the copies up.
+    The order of operations is that of the published program: the caption is copied for every
+    image, attended vectors are built in both directions, each node's vector is copied once per
+    neighbour, and the kernels' weights, computed once per caption, sum up the copies.
     """
     regions = images["regions"]
-    num_block, scale, _ = model.how
+    num_block, scale, _ = model.config
     visual = model.visual_graph.graph_convolution_1
     centre = (boxes[..., :2] + boxes[..., 2:]) / 2  # (I, R, 2)
     dx, dy = (centre[:, :, None] - centre[:, None]).unbind(-1)  # (I, R, R)
@@ -352,119 +357,3 @@ def gsmn_caption_loop(
         g = (g / g.sum(1, keepdim=True)).view(-1, regions.size(1), g.size(1))  # (I R, R, K)
         scores.append(score + structure(nodes(regions, words), g, model.visual_graph))
     return torch.stack(scores, 1)
-
-
-# Whole systems: encoders and scores with the weights of a model, one image and one caption at a
-# time, in the precision of the weights.
-
-
-def unit(x: Tensor) -> Tensor:
-    """A vector of unit length; a zero vector stays zero and passes no gradient."""
-    return x / (x.norm() + 1e-8) if x.any() else 0 * x
-
-
-def gru(rnn: torch.nn.GRU, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs (W, D) of a GRU for x (W, E), and its final state (D,), means of the directions."""
-    for layer in range(rnn.num_layers):
-        sides, final = [], []
-        for side in ("", "_reverse") if rnn.bidirectional else ("",):
-            names = "weight_ih", "bias_ih", "weight_hh", "bias_hh"
-            w_x, b_x, w_h, b_h = (getattr(rnn, f"{x}_l{layer}{side}") for x in names)
-            h, states = x.new_zeros(rnn.hidden_size), []
-            for word in x.flip(0) if side else x:
-                x_reset, x_update, x_new = (w_x @ word + b_x).chunk(3)
-                h_reset, h_update, h_new = (w_h @ h + b_h).chunk(3)
-                new = (x_new + (x_reset + h_reset).sigmoid() * h_new).tanh()
-                update = (x_update + h_update).sigmoid()
-                h = (1 - update) * new + update * h
-                states.append(h)
-            final.append(h)
-            sides.append(torch.stack(states[::-1] if side else states))
-        x = torch.cat(sides, 1)
-    return sum(sides) / len(sides), sum(final) / len(final)
-
-
-def encode_caption(encoder: torch.nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Words (W, D) and the sentence (D,) of one caption (W,)."""
-    words, sentence = gru(encoder.rnn, encoder.embed.weight[ids])
-    return (words if encoder.no_txtnorm else torch.stack([unit(w) for w in words])), sentence
-
-
-def self_attention(attn: torch.nn.MultiheadAttention, x: Tensor, there: Tensor) -> Tensor:
-    """Multi-head attention of x (R, D) to those of its rows that are there (R,)."""
-    heads = []
-    weights, biases = attn.in_proj_weight.chunk(3), attn.in_proj_bias.chunk(3)
-    q, k, v = (x @ w.T + b for w, b in zip(weights, biases, strict=True))
-    size = x.size(1) // attn.num_heads
-    for q_h, k_h, v_h in zip(q.split(size, 1), k.split(size, 1), v.split(size, 1), strict=True):
-        heads.append(torch.softmax(q_h @ k_h[there].T / size**0.5, 1) @ v_h[there])
-    return torch.cat(heads, 1) @ attn.out_proj.weight.T + attn.out_proj.bias
-
-
-def layer_norm(layer: torch.nn.LayerNorm, x: Tensor) -> Tensor:
-    """Each row of x with mean 0 and variance 1, then scaled and shifted."""
-    centred = x - x.mean(1, keepdim=True)
-    variance = (centred**2).mean(1, keepdim=True)
-    return centred / (variance + layer.eps).sqrt() * layer.weight + layer.bias
-
-
-def encode_image(model: torch.nn.Module, item: dict[str, Tensor]) -> Tensor:
-    """Regions (R', D) of one image: those that are there, where the item says which (R,)."""
-    encoder, x = model.img_enc, item["images"]
-    there = item.get("inside", torch.ones(len(x), dtype=torch.bool))
-    if hasattr(encoder, "position_embedding"):
-        some = len(item["blocks"])
-        p = positions(encoder, x[:some], item["blocks"], item["overlap"])
-        if some < len(x):  # the last region is the whole image
-            p = torch.cat((p, encoder.position_embedding.weight.mean(0)[None]))
-        x = torch.cat((x, p), 1)
-    weight = encoder.fc.weight
-    if hasattr(encoder.fc, "weight_g"):
-        weight = encoder.fc.weight_g * encoder.fc.weight_v / encoder.fc.weight_v.norm()
-    x = x @ weight.T + encoder.fc.bias
-    block = getattr(encoder, "feedforward", None)
-    if hasattr(block, "attn"):
-        seen = there if model.mask_dropped else torch.ones_like(there)
-        norms = [layer for name, layer in block.named_children() if name.startswith("ln")]
-        x = x + self_attention(block.attn, layer_norm(norms[0], x), seen)
-    if hasattr(block, "mlp"):
-        h = layer_norm(block.ln_2, x) @ block.mlp.c_fc.weight.T + block.mlp.c_fc.bias
-        h = h * torch.sigmoid(1.702 * h)
-        x = x + h @ block.mlp.c_proj.weight.T + block.mlp.c_proj.bias
-    x = x if encoder.no_imgnorm else torch.stack([unit(v) for v in x])
-    return x[there]
-
-
-def system_pair(model: torch.nn.Module, item: dict[str, Tensor], caption: dict) -> Tensor:
-    """The score of one image and one caption by SCAN, PFAN, its whole-image variant, GSMN, CHAN."""
-    regions, (words, sentence), how = item["regions"], caption["encoded"], model.how
-    system = type(model).__name__
-    if system == "CHAN":
-        names = "coding_type", "pooling_type", "alpha", "belta"
-        return chan_pair(regions, words, *(getattr(how, name) for name in names))
-    if system == "GSMN":
-        boxes = item["boxes"][item["inside"]] if "inside" in item else item["boxes"]
-        return gsmn_pair(model, regions, boxes, words, caption["pairs"])
-    score = 0
-    if system == "PFANWhole":
-        whole = item["whole"] @ model.img_enc.fc_whole.weight.T + model.img_enc.fc_whole.bias
-        score = model.lambda_whole * cosine(whole, sentence)
-        if model.need_box_whole and how.words_query:
-            score = score + 0.5 * cosine(regions[-1], sentence)
-            regions = regions[:-1]
-    queries, keys = (words, regions) if how.words_query else (regions, words)
-    names = "raw_feature_norm", "agg_func", "lambda_softmax", "lambda_lse", "focus"
-    return score + pair_score(queries, keys, *(getattr(how, name) for name in names))
-
-
-def system_scores(model: torch.nn.Module, batch: dict, pairs: list | None = None) -> Tensor:
-    """Scores (I, C) of a batch by any system; `pairs` are the captions' dependencies (GSMN)."""
-    items, captions = [], []
-    for k in range(len(batch["images"])):
-        item = {name: x[k] for name, x in batch.items()}
-        items.append(item | {"regions": encode_image(model, item)})
-    for k, length in enumerate(batch["lengths"].tolist()):
-        encoded = encode_caption(model.txt_enc, batch["captions"][k, :length])
-        captions.append({"encoded": encoded, "pairs": pairs[k] if pairs else None})
-    scores = [system_pair(model, item, caption) for item in items for caption in captions]
-    return torch.stack(scores).view(len(items), len(captions))

@@ -1,4 +1,4 @@
-"""CHAN against sums written out, its data and its loss, and what must not change its scores."""
+"""CHAN's scores against sums written out, what must not change them, its data and its loss."""
 
 import json
 import shutil
@@ -10,9 +10,11 @@ import checkpoint as ckpt
 import evaluation
 import options
 import pairs
+import systems
 import train
 from chan import CHAN, CODING, POOLING, InfoNCELoss
-from data import Drop, collate_fn, open_split
+from data import Drop, collate_fn
+from losses import ContrastiveLoss
 from tests import reference
 from tests.conftest import read_log, train_args
 from vocab import deserialize_vocab
@@ -21,7 +23,7 @@ KINDS = ("basic", "selfattention", "transformer")
 
 
 def make(n=5, **more):
-    """A model in float64 and a batch of n pairs; images of 5 regions, some of which are missing."""
+    """A model in float64 and a batch of n pairs; some of the 5 regions of an image are missing."""
     g = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     net = CHAN(20, img_dim=6, word_dim=5, embed_size=8, **more).double()
@@ -29,27 +31,27 @@ def make(n=5, **more):
     captions = torch.randint(1, 20, (n, int(lengths.max())), generator=g)
     captions[torch.arange(captions.size(1)) >= lengths[:, None]] = 0
     images = torch.randn(n, 5, 6, generator=g, dtype=torch.float64)
-    inside = torch.rand(n, 5, generator=g) < 0.7
-    inside[:2] = torch.tensor([[True] * 5, [False, False, True, False, False]])[:n]
-    images[~inside] = 0
+    region_mask = torch.rand(n, 5, generator=g) < 0.7
+    region_mask[:2] = torch.tensor([[True] * 5, [False, False, True, False, False]])[:n]
+    images[~region_mask] = 0
     batch = {"captions": captions, "lengths": lengths, "images": images}
-    return net, batch | {"inside": inside}
+    return net, batch | {"region_mask": region_mask}
 
 
 def encode(net, batch):
-    """Both encodings, in float64: the encoders end in float32."""
+    """Both encodings in float64, because the encoders end in float32."""
     return [
         {name: x.double() if x.is_floating_point() else x for name, x in part.items()}
         for part in net(batch)
     ]
 
 
-def loop(net, images, captions, inside):
+def loop(net, images, captions, region_mask):
     scores = []
-    for image, some in zip(images["regions"], inside, strict=True):
+    for image, some in zip(images["regions"], region_mask, strict=True):
         for words, length in zip(captions["words"], captions["lengths"].tolist(), strict=True):
-            scores.append(reference.chan_pair(image[some], words[:length], *net.how))
-    return torch.stack(scores).view(len(inside), -1)
+            scores.append(reference.chan_pair(image[some], words[:length], *net.config))
+    return torch.stack(scores).view(len(region_mask), -1)
 
 
 @pytest.mark.parametrize("coding", CODING)
@@ -57,15 +59,15 @@ def loop(net, images, captions, inside):
 @pytest.mark.parametrize("dropped", [False, True])
 def test_scores_and_gradients_are_those_of_sums_written_out(coding, pooling, dropped):
     net, batch = make(coding_type=coding, pooling_type=pooling, alpha=0.2, belta=0.3)
-    inside = batch["inside"]
+    region_mask = batch["region_mask"]
     if not dropped:
-        inside = torch.ones_like(inside)
-        del batch["inside"]
+        region_mask = torch.ones_like(region_mask)
+        del batch["region_mask"]
     few = torch.zeros(5, 5, dtype=torch.float64)
     few[1, 2], few[1, 3], few[0, 3], few[3, 0] = 1.0, -2.0, 0.5, 1.0
-    for weight in (few, torch.randn(5, 5, dtype=torch.float64)):  # pair by pair; in blocks
+    for weight in (few, torch.randn(5, 5, dtype=torch.float64)):  # pair by pair, then in blocks
         results = []
-        for score in (net.similarity, lambda *x: loop(net, *x, inside)):
+        for score in (net.similarity, lambda *x: loop(net, *x, region_mask)):
             net.zero_grad()
             scores = score(*encode(net, batch))
             (scores * weight).sum().backward()
@@ -89,7 +91,7 @@ def test_block_size_order_and_padding_do_not_matter(coding, monkeypatch):
         back = torch.arange(6, -1, -1)
         flipped = {name: x[back] for name, x in captions.items()}
         torch.testing.assert_close(net.similarity(images, flipped), want[:, back])
-        for k, length in enumerate(batch["lengths"].tolist()):  # each caption alone, not padded
+        for k, length in enumerate(batch["lengths"].tolist()):  # each caption without padding
             alone = {name: x[k : k + 1] for name, x in batch.items()}
             alone["captions"] = alone["captions"][:, :length]
             _, caption = encode(net, alone)
@@ -134,7 +136,7 @@ def test_encoders_written_out(kind):
 
 def test_dropped_regions_are_attended_to_unless_masked():
     net, batch = make(precomp_enc_type="selfattention")
-    batch["inside"] = (torch.arange(5) < 3).expand(5, 5)
+    batch["region_mask"] = (torch.arange(5) < 3).expand(5, 5)
     kept = {"images": batch["images"][:, :3]}
     batch["images"][:, 3:] = 0
     got = net.encode_images(batch)["regions"][:, :3]
@@ -160,12 +162,17 @@ def test_info_nce_is_that_of_a_plain_loop(margin):
 
 
 def test_hardest_negatives_follow_the_warm_up_without_a_flag(tiny, monkeypatch):
-    made = []
-    loss = train.ContrastiveLoss
-    monkeypatch.setattr(train, "ContrastiveLoss", lambda *a: made.append(a) or loss(*a))
+    seen, forward = [], ContrastiveLoss.forward
+
+    def record(self, scores, image_index):
+        hardest = self.max_violation and self.epoch >= self.warmup_epochs
+        seen.append((self.epoch, self.margin, hardest))
+        return forward(self, scores, image_index)
+
+    monkeypatch.setattr(ContrastiveLoss, "forward", record)
     args = train_args(model="chan", max_violation=None, num_epochs=3, vse_mean_warmup_epochs=2)
     train.main(args)
-    assert made == [(0.05, False), (0.05, False), (0.05, True)]
+    assert sorted(set(seen)) == [(0, 0.05, False), (1, 0.05, False), (2, 0.05, True)]
     groups = ckpt.load("run/checkpoint_0.pth.tar")["run"]["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.01]
 
@@ -199,7 +206,7 @@ def test_training_resumes_exactly_and_evaluates(tiny, more):
 
 
 def test_published_layout_and_vocabulary(tiny, monkeypatch):
-    """$DATA_PATH/precomp or $DATA_PATH_precomp; f30k_precomp_vocab.json for a data_name f30k."""
+    """$DATA_PATH/precomp or $DATA_PATH_precomp; data_name f30k has f30k_precomp_vocab.json."""
     shutil.copy("vocab/tiny_precomp_vocab.json", "vocab/f30k_precomp_vocab.json")
     for place in ("f30k/precomp", "f30k_precomp"):
         shutil.rmtree("data/f30k", ignore_errors=True)
@@ -211,16 +218,16 @@ def test_published_layout_and_vocabulary(tiny, monkeypatch):
     assert evaluation.evalrank("model_best.pth", split="test")["rsum"] > 0
     shutil.move("vocab/f30k_precomp_vocab.json", "vocab/coco_precomp_vocab.json")
     opt = options.parse(["--model", "chan", "--data_name", "my_coco"])
-    assert ckpt.vocab_file(opt, "vocab") == "vocab/coco_precomp_vocab.json"
+    assert systems.of(opt).vocab_file("vocab", opt.data_name) == "vocab/coco_precomp_vocab.json"
 
 
 def test_data_of_another_name_is_not_taken(tiny):
     shutil.copytree("data/tiny_precomp", "data/f30k/precomp")
     for name, system in (("coco", "chan"), ("f30k", "scan"), ("typo_precomp", "gsmn")):
         with pytest.raises(FileNotFoundError, match="no such data folder"):
-            evaluation.find_data("data/f30k", name, system)
-    assert evaluation.find_data("data/f30k/", "f30k", "chan") == "data/f30k/precomp"
-    assert evaluation.find_data("data", "tiny", "chan") == "data/tiny_precomp"  # SCAN's layout
+            systems.SYSTEMS[system].find_data("data/f30k", name)
+    assert systems.SYSTEMS["chan"].find_data("data/f30k/", "f30k") == "data/f30k/precomp"
+    assert systems.SYSTEMS["chan"].find_data("data", "tiny") == "data/tiny_precomp"  # SCAN's layout
 
 
 def test_a_published_checkpoint_may_hold_its_vocabulary(tiny):
@@ -250,14 +257,14 @@ def test_the_vocabulary_has_a_mask(tiny):
     opt = options.parse(["--model", "chan"])
     words = deserialize_vocab("vocab/tiny_precomp_vocab.json")
     n = len(words)
-    ckpt.as_read(words, opt)
+    systems.of(opt).vocabulary(words, opt)
     assert words("<mask>") == n and len(words) == n + 1
     train.main(train_args(model="chan", num_epochs=1))
     state = ckpt.load("run/checkpoint_0.pth.tar")
     assert state["model"][1]["embed.weight"].shape[0] == n + 1
     assert len(ckpt.find_vocab(state, "x")) == n + 1
     assert len(ckpt.find_vocab(state, "x", "vocab")) == n + 1
-    del state["vocab"]  # published: the file has a word less
+    del state["vocab"]  # published: the file has one word fewer
     assert len(ckpt.find_vocab(state, "x", "vocab")) == n + 1
 
 
@@ -265,12 +272,13 @@ def test_the_vocabulary_has_a_mask(tiny):
 def test_options_missing_from_a_checkpoint_come_from_its_weights(kind, tmp_path):
     net, _ = make(precomp_enc_type=kind, num_layers=2)
     path = str(tmp_path / "model_best.pth")
-    state = {"model": ckpt.state_dicts(net, "chan"), "opt": ckpt.argparse.Namespace(), "epoch": 3}
+    weights = ckpt.state_dicts(net, ckpt.argparse.Namespace(model="chan"))
+    state = {"model": weights, "opt": ckpt.argparse.Namespace(), "epoch": 3}
     torch.save(state, path)
     got = ckpt.load(path)
     opt = got["opt"]
     assert (opt.model, opt.precomp_enc_type, opt.num_layers) == ("chan", kind, 2)
-    assert got["epoch"] == 2 and opt.margin == 0.05  # published: how many epochs are finished
+    assert got["epoch"] == 2 and opt.margin == 0.05  # published: the number of epochs
     again = ckpt.build_model(opt, 20)
     ckpt.load_weights(again, got, path)
 
@@ -294,8 +302,8 @@ def test_unknown_variants_are_named(flags, message):
 
 def items(tiny, rate=0.2, seed=0, epoch=0):
     opt = options.parse(["--model", "chan", "--img_dim", "12"])
-    words = ckpt.as_read(deserialize_vocab("vocab/tiny_precomp_vocab.json"), opt)
-    data = open_split(str(tiny / "data" / "tiny_precomp"), "train", words, opt)
+    words = systems.of(opt).vocabulary(deserialize_vocab("vocab/tiny_precomp_vocab.json"), opt)
+    data = systems.open_split(str(tiny / "data" / "tiny_precomp"), "train", words, opt)
     plain = [data[i] for i in range(len(data))]
     data.drop, data.epoch = Drop(rate, seed, words), epoch
     return words, plain, [data[i] for i in range(len(data))]
@@ -306,17 +314,17 @@ def test_dropping_follows_the_published_odds(tiny):
     for epoch in range(40):
         words, plain, dropped = items(tiny, epoch=epoch)
         for one, other in zip(plain, dropped, strict=True):
-            inside = other["inside"]
-            assert inside.any() and not other["images"][~inside].any()
-            assert torch.equal(other["images"][inside], one["images"][inside])
-            counts["regions"] += int(inside.sum())
+            region_mask = other["region_mask"]
+            assert region_mask.any() and not other["images"][~region_mask].any()
+            assert torch.equal(other["images"][region_mask], one["images"][region_mask])
+            counts["regions"] += int(region_mask.sum())
             counts["words"] += len(other["captions"])
             counts["of"] += len(one["captions"])
             counts["mask"] += int((other["captions"] == words("<mask>")).sum())
     n = 40 * len(plain)
     assert counts["regions"] / (4 * n) == pytest.approx(0.8, abs=0.01)
     assert counts["words"] / counts["of"] == pytest.approx(1 - 0.2 * 0.4, abs=0.01)
-    # a tenth of the chosen words become any of the vocabulary, <mask> too
+    # a tenth of the chosen words become any word of the vocabulary, even <mask>
     mask = 0.2 * (0.5 + 0.1 / len(words))
     assert counts["mask"] / counts["of"] == pytest.approx(mask, abs=0.01)
 
@@ -333,15 +341,15 @@ def test_dropping_is_seeded_and_differs_from_epoch_to_epoch(tiny):
     assert len(set(text)) == 3
     _, plain, whole = items(tiny, rate=0.0)
     assert all(torch.equal(a["images"], b["images"]) for a, b in zip(plain, whole, strict=True))
-    assert all(item["inside"].sum() == 1 for item in items(tiny, rate=1 - 1e-12)[2])
+    assert all(item["region_mask"].sum() == 1 for item in items(tiny, rate=1 - 1e-12)[2])
     batch = collate_fn(whole[:3])
-    assert batch["inside"].shape == (3, 4) and batch["inside"].all()
+    assert batch["region_mask"].shape == (3, 4) and batch["region_mask"].all()
 
 
 def test_a_rate_beyond_one_is_refused(capsys):
     with pytest.raises(SystemExit):
         options.parse(["--model", "chan", "--drop", "--obj_drop_rate", "1"])
-    assert "expected a number from 0 on, below 1" in capsys.readouterr().err
+    assert "expected a number of at least 0 and below 1" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         options.parse(["--model", "scan", "--mask_dropped"])
     assert "--mask_dropped is for --model chan, not scan" in capsys.readouterr().err

@@ -105,12 +105,12 @@ def test_bad_rows_are_named_and_leave_nothing(tmp_path, line, message):
 def test_missing_and_empty_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="no.tsv: no such tsv file"):
         convert([str(tmp_path / "no.tsv")], str(tmp_path / "out"))
-    with pytest.raises(ValueError, match="no image of those asked for"):
+    with pytest.raises(ValueError, match="none of the requested images"):
         convert([write(tmp_path / "x.tsv")], str(tmp_path / "out"))
 
 
 def test_memory_does_not_grow(tmp_path):
-    """60 MB of features through a conversion that never holds more than a few."""
+    """The conversion of 60 MB of features never holds more than a few MB."""
     line = row("{}", 36, 2048)[0]
     with open(tmp_path / "big.tsv", "w") as file:
         for i in range(200):
@@ -152,7 +152,7 @@ def test_a_run_that_breaks_while_ordering_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_runs_by_its_path_and_feeds_training(tiny):
-    """The published command, from another folder, then a training step on what it wrote."""
+    """Run the published command from another folder, then a training step on its output."""
     for split, n in (("train", 20), ("dev", 10)):
         lines = [row(f"{split}{i}", 4, 12, seed=i)[0] for i in range(n)]
         write(tiny / f"{split}.tsv", *lines)

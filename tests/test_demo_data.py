@@ -1,4 +1,4 @@
-"""The drawn demo set: reproducible, well formed, and no bag of words."""
+"""The drawn demo set is reproducible and well formed, and a bag of words does not solve it."""
 
 import subprocess
 import sys
@@ -46,7 +46,7 @@ def test_layout_and_seed(tmp_path):
 
 
 def test_twins_need_more_than_a_bag_of_words():
-    """A twin has the same kinds, colours and sizes, and something exchanged."""
+    """A twin has the same kinds, colours and sizes, but two of them are exchanged."""
     import random
 
     rng = random.Random(0)
@@ -79,8 +79,8 @@ def test_captions_tell_the_truth():
 def test_every_kind_is_drawn_in_its_colour(kind):
     shape = {"kind": kind, "colour": "green", "size": "large", "x": 64, "y": 64}
     pixels = np.asarray(demo_data.draw_scene([shape], (240, 240, 240))).astype(int)
-    inside = (np.abs(pixels - demo_data.COLOURS["green"]).sum(2) < 30).sum()
-    assert 150 < inside < 35**2
+    n_green = (np.abs(pixels - demo_data.COLOURS["green"]).sum(2) < 30).sum()
+    assert 150 < n_green < 35**2
 
 
 def test_views_tell_sizes_apart():

@@ -1,4 +1,4 @@
-"""Captions to word graphs: files agree, an interruption costs nothing, parsers get our words."""
+"""Captions to word graphs: files agree, interruptions lose nothing, parsers get our words."""
 
 import http.server
 import json
@@ -9,7 +9,7 @@ import urllib.parse
 
 import pytest
 
-from data import GraphDataset
+from gsmn_data import GraphDataset
 from tests.conftest import write_graphs
 from util import dependency_parser
 from util.cli import InputError
@@ -20,14 +20,14 @@ ARGS = ["--data_path", "data", "--data_name", "tiny_precomp"]
 
 
 def chain(sentences):
-    """Heads of a parser to whom each word depends on the next, the last being the root."""
+    """The heads of a parser in which each word depends on the next; the last is the root."""
     for words in sentences:
         yield [*range(2, len(words) + 1), 0]
 
 
 @pytest.fixture
 def boxes(tiny):
-    """The tiny set with boxes, but no graphs."""
+    """The tiny set with boxes, but without graphs."""
     words = deserialize_vocab("vocab/tiny_precomp_vocab.json")
     for split in ("train", "dev", "test"):
         write_graphs(tiny / FOLDER, split, words)
@@ -84,16 +84,16 @@ def test_an_interrupted_run_goes_on(boxes, monkeypatch, capsys):
         dependency_parser.main(argv)
     part = boxes / FOLDER / "train_caps.json.part"
     with open(part, "a") as file:
-        file.write("[[0, 3")  # cut short by a kill
+        file.write("[[0, 3")  # a kill cut it short
     assert not (boxes / FOLDER / "train_caps.json").exists()
     dependency_parser.main(argv)
-    assert "30 captions are done already" in capsys.readouterr().out
+    assert "30 captions are parsed already" in capsys.readouterr().out
     assert sum(asked[4:]) == 70
     whole = (boxes / FOLDER / "train_caps.json").read_text()
     asked[:] = [0] * 5
     dependency_parser.main(argv)
     assert (boxes / FOLDER / "train_caps.json").read_text() == whole and sum(asked) == 100
-    # What another parser, or other captions, left is not gone on with.
+    # The unfinished file of another parser or of other captions is not continued.
     part.write_text('"another"\n[[0, 1]]\n')
     dependency_parser.main(argv)
     assert (boxes / FOLDER / "train_caps.json").read_text() == whole
@@ -178,7 +178,7 @@ def test_stanza_gets_our_words(boxes, monkeypatch):
 
 
 class CoreNLP(http.server.BaseHTTPRequestHandler):
-    """A server that answers as CoreNLP does."""
+    """A server that answers like CoreNLP."""
 
     def do_POST(self):
         query = urllib.parse.parse_qs(urllib.parse.urlparse(self.path).query)

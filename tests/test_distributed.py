@@ -1,4 +1,4 @@
-"""Several processes: the same loss, gradient, metrics and files as one."""
+"""Several processes give the same loss, gradient, metrics and files as one process."""
 
 import functools
 import gc
@@ -18,8 +18,10 @@ import torch.multiprocessing as mp
 import checkpoint as ckpt
 import evaluation
 import options
+import systems
 import train
-from data import Drop, EpochSampler, get_train_loader, open_split
+from data import Drop, EpochSampler, get_train_loader
+from run_state import RunState
 from tests.conftest import read_log, train_args
 from util import distributed
 from vocab import deserialize_vocab
@@ -41,45 +43,61 @@ def free_port() -> int:
 class Keep(torch.optim.SGD):
     """Keeps the gradients of each step and leaves the weights as they are."""
 
-    def __init__(self, model: torch.nn.Module):
-        super().__init__(model.parameters())
-        self.model, self.steps = model, []
+    def __init__(self, *modules: torch.nn.Module):
+        parameters = [item for module in modules for item in module.named_parameters()]
+        super().__init__([p for _, p in parameters])
+        self.parameters, self.steps = dict(parameters), []
 
     def step(self):
-        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        parameters = {name: p for name, p in self.parameters.items() if p.requires_grad}
         self.steps.append({name: p.grad.clone() for name, p in parameters.items()})
+
+
+class Scaled(torch.nn.Module):
+    """A criterion with a parameter of its own."""
+
+    def __init__(self, criterion: torch.nn.Module):
+        super().__init__()
+        self.criterion, self.scale = criterion, torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, scores, image_index):
+        self.criterion.epoch = self.epoch
+        return self.criterion(scores * self.scale, image_index)
 
 
 def gradients_of_an_epoch(flags: list[str], out: str) -> None:
     """Writes the gradient of each batch, and the epoch's loss."""
     opt = options.parse(flags)
     device = torch.device("cpu")
-    with distributed.joined(device):
-        rank, world = distributed.rank(), distributed.world()
-        vocab = ckpt.as_read(deserialize_vocab("vocab/tiny_precomp_vocab.json"), opt)
-        dataset = open_split("data/tiny_precomp", "train", vocab, opt)
+    with distributed.process_group(device):
+        rank, world = distributed.rank(), distributed.world_size()
+        vocab = systems.of(opt).vocabulary(deserialize_vocab("vocab/tiny_precomp_vocab.json"), opt)
+        dataset = systems.open_split("data/tiny_precomp", "train", vocab, opt)
         dataset.drop = Drop(0.2, 0, vocab) if opt.drop else None
         torch.manual_seed(0)
         model = ckpt.build_model(opt, len(vocab))
         model.grad_checkpointing = opt.grad_checkpointing
         encoder = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
-        optimizer = Keep(model)
-        at = {"epoch": 0, "batch": 0, "loss_sum": 0.0, "loss_count": 0, "Eiters": 0}
-        at["val_due"] = False
-        loader = get_train_loader(dataset, opt.batch_size, 0, 0, rank=rank, world=world)
-        stop = train.StopSignal()
-        train.train_epoch(
-            model, encoder, optimizer, loader, None, at, opt, device, train.NoWriter(), stop
-        )
-        stop.restore()
-        torch.save({"steps": optimizer.steps, "at": at}, f"{out}_{rank}.pt")
-        ring = [encoder]  # holds the group, until the garbage collector is called
+        loader = get_train_loader(dataset, opt.batch_size, 0, 0, rank=rank, world_size=world)
+        criterion = Scaled(systems.of(opt).criterion(opt))
+        optimizer = Keep(model, criterion)
+        parts = loader, None, model, encoder, criterion, optimizer
+        run, losses = train.Run(opt, device, vocab, *parts, RunState()), []
+        train.start_epoch(run)
+        for batch in loader:
+            size = train.size_of_batch(run)
+            losses.append(size * train.train_step(run, batch, size))
+            run.state.batch += 1
+        loss = sum(losses) / len(dataset)
+        torch.save({"steps": optimizer.steps, "loss": loss}, f"{out}_{rank}.pt")
+        del run, parts
+        ring = [encoder]  # it holds the group until the garbage collector is called
         ring.append(ring)
         del encoder, ring
 
 
 def stopped(flags: list[str], out: str, where: str) -> None:
-    """A run whose process 1 alone gets a signal, and what it exits with, written."""
+    """Run training, where only process 1 gets a signal, and write the exit status."""
     if os.environ["RANK"] == "1":
         job = getattr(train, where)
 
@@ -96,9 +114,9 @@ def stopped(flags: list[str], out: str, where: str) -> None:
 
 
 def process(rank: int, world: int, port: int, job, flags: list[str], out: str) -> None:
-    """What torchrun sets for its process `rank`, and the job, which must let go of the group."""
+    """Set what torchrun sets for process `rank` and run the job, which must release the group."""
     torch.set_num_threads(1)
-    gc.disable()  # what is left in cycles stays until it is called for
+    gc.disable()  # objects in cycles stay until they are collected
     os.environ |= {"TORCHELASTIC_RUN_ID": "test", "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     destroy = torch.distributed.destroy_process_group
@@ -129,19 +147,18 @@ def process(rank: int, world: int, port: int, job, flags: list[str], out: str) -
     ],
 )
 def test_loss_and_gradient_are_those_of_one_process(tiny_positions, world, batch_size, options):
-    """100 pairs: odd shares, and a last batch of one pair for two processes, of two for three."""
+    """100 pairs give odd shares, and a last batch of one pair (2 processes) or two (3)."""
     flags = train_args(batch_size=batch_size, grad_clip=0, **options)
     gradients_of_an_epoch(flags, "one")
     mp.spawn(process, (world, free_port(), gradients_of_an_epoch, flags, "many"), nprocs=world)
     one, *many = (torch.load(f) for f in ("one_0.pt", *(f"many_{k}.pt" for k in range(world))))
     assert len(one["steps"]) == -(-100 // batch_size)
     for other in many:
-        assert other["at"]["loss_count"] == 100
-        assert other["at"]["loss_sum"] == pytest.approx(one["at"]["loss_sum"], rel=1e-5)
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
         for want, got in zip(one["steps"], other["steps"], strict=True):
             step = max(gradient.abs().max() for gradient in want.values())
             for name, gradient in want.items():
-                # A graph's gradient sums up terms of both signs, all but cancelling (a constant in
+                # The gradient of a graph adds terms of both signs that almost cancel (a constant in
                 # all scores cancels altogether): they are rounded at the size of the whole.
                 largest = step if "graph" in name else gradient.abs().max()
                 assert (got[name] - gradient).abs().max() <= 1e-5 * largest, name
@@ -193,7 +210,7 @@ def test_torchrun_trains_resumes_and_evaluates(tiny):
     whole, resumed = (ckpt.load(f"{name}/checkpoint_2.pth.tar") for name in ("run", "two"))
     for state, again in zip(whole["model"], resumed["model"], strict=True):
         assert all(torch.equal(state[name], again[name]) for name in state)
-    train.main(train_args(model_name="one", logger_name="one", **options))  # goes on alone
+    train.main(train_args(model_name="one", logger_name="one", **options))  # one process resumes it
     assert read_log("one")[-1]["Le"] == pytest.approx(read_log("run")[-1]["Le"], rel=0.1)
 
     metrics = evaluation.evalrank("run/checkpoint_2.pth.tar", split="dev")
@@ -226,7 +243,7 @@ def wait_for(process: subprocess.Popen, text: str) -> None:
 
 
 def test_a_process_that_dies_ends_the_run(tiny):
-    """With a message, and no half-written checkpoint."""
+    """They end with a message and without a half-written checkpoint."""
     running = start(*train_args(num_epochs=10000, log_step=1))
     wait_for(running, "Epoch: [1]")
     ranks = [
@@ -245,13 +262,13 @@ def test_a_process_that_dies_ends_the_run(tiny):
 def parent_of(pid: str) -> int | None:
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:  # it has ended
+    except OSError:  # the process has ended
         return None
 
 
 @pytest.mark.parametrize("whole_group", [True, False])
 def test_a_signal_saves_first(tiny, whole_group):
-    """Ctrl-C reaches torchrun and its processes, a scheduler's SIGTERM torchrun alone."""
+    """Ctrl-C reaches torchrun and its processes; the SIGTERM of a scheduler only torchrun."""
     running = start(*train_args(num_epochs=10000, log_step=1))
     wait_for(running, "Epoch: [1]")
     time.sleep(0.5)

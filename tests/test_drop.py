@@ -5,12 +5,12 @@ import itertools
 import pytest
 import torch
 
-import checkpoint as ckpt
 import evaluation
 import options
+import systems
 import train
 from chan import CHAN
-from data import Drop, open_split
+from data import Drop
 from gsmn import GSMN
 from model import AGG_FUNC, RAW_FEATURE_NORM, SCAN
 from pfan import PFAN, PFANWhole
@@ -34,17 +34,17 @@ NAMES = [f"{kind.__name__} {' '.join(map(str, more.values()))}" for kind, more i
 
 
 def make(kind, n=5, regions=6, **more):
-    """A model, and a batch of which some regions are dropped; the last of an image never is."""
+    """A model, and a batch with some regions dropped, but never the last region of an image."""
     g = torch.Generator().manual_seed(0)
     torch.manual_seed(1)
     net = kind(20, **SIZES, **more)
     lengths = torch.randint(2, 7, (n,), generator=g)
     captions = torch.randint(1, 20, (n, int(lengths.max())), generator=g)
-    inside = torch.rand(n, regions, generator=g) < 0.6
-    inside[:, -1] = True
+    region_mask = torch.rand(n, regions, generator=g) < 0.6
+    region_mask[:, -1] = True
     images = torch.randn(n, regions, 6, generator=g)
     some = regions - bool(more.get("need_box_whole"))  # the whole image has no blocks
-    batch = {"captions": captions, "lengths": lengths, "images": images, "inside": inside}
+    batch = {"captions": captions, "lengths": lengths, "images": images, "region_mask": region_mask}
     batch["boxes"] = torch.rand(n, regions, 4, generator=g)
     batch["blocks"] = torch.rand(n, some, 257, generator=g).argsort(2)[..., :3]
     batch["overlap"] = torch.rand(n, some, 3, generator=g)
@@ -57,14 +57,14 @@ def make(kind, n=5, regions=6, **more):
 
 
 def without(batch, image):
-    """The batch of one image with only the regions that are inside, and all captions."""
-    inside = batch["inside"][image]
+    """The batch of one image with only the regions that are not dropped, and all captions."""
+    region_mask = batch["region_mask"][image]
     one = {name: x[image : image + 1] for name, x in batch.items()}
-    one["images"] = one["images"][:, inside]
-    one["boxes"] = one["boxes"][:, inside]
+    one["images"] = one["images"][:, region_mask]
+    one["boxes"] = one["boxes"][:, region_mask]
     for name in ("blocks", "overlap"):
-        one[name] = one[name][:, inside[: one[name].size(1)]]
-    del one["inside"]
+        one[name] = one[name][:, region_mask[: one[name].size(1)]]
+    del one["region_mask"]
     captions = {name: batch[name] for name in ("captions", "lengths", "adjacency") if name in batch}
     return one | captions
 
@@ -79,7 +79,7 @@ def test_scores_and_gradients_are_those_of_the_regions_left(kind, more, directio
     net, batch = make(kind, **more)
     few = torch.zeros(5, 5)
     few[1, 2], few[1, 3], few[0, 3], few[3, 0] = 1.0, -2.0, 0.5, 1.0
-    for weight in (few, torch.randn(5, 5)):  # pair by pair; in blocks
+    for weight in (few, torch.randn(5, 5)):  # pair by pair, then in blocks
         results = []
 
         def by_image(net=net, batch=batch):
@@ -99,7 +99,7 @@ def test_scores_and_gradients_are_those_of_the_regions_left(kind, more, directio
             torch.testing.assert_close(
                 grad, want_grads[name], rtol=1e-3, atol=1e-4 * max(scale, 0.1), msg=name
             )
-        everything = {name: x for name, x in batch.items() if name != "inside"}
+        everything = {name: x for name, x in batch.items() if name != "region_mask"}
         assert not torch.allclose(net.similarity(*net(everything)), got, atol=1e-3)
 
 
@@ -127,15 +127,15 @@ def test_a_run_with_drop_ends_and_resumes_exactly(tiny_positions, system, more):
 
 def test_a_graph_loses_the_words_that_its_caption_loses(tiny_graphs):
     opt = options.parse(["--model", "gsmn", "--is_sparse", "--img_dim", "12", "--drop"])
-    words = ckpt.as_read(deserialize_vocab("vocab/tiny_precomp_vocab.json"), opt)
-    data = open_split(str(tiny_graphs / "data" / "tiny_precomp"), "train", words, opt)
+    words = systems.of(opt).vocabulary(deserialize_vocab("vocab/tiny_precomp_vocab.json"), opt)
+    data = systems.open_split(str(tiny_graphs / "data" / "tiny_precomp"), "train", words, opt)
     plain = [data[i] for i in range(len(data))]
     data.drop = Drop(0.2, 0, words)
     shorter = 0
     for one, other in zip(plain, (data[i] for i in range(len(data))), strict=True):
         before, after = len(one["captions"]), len(other["captions"])
         assert other["adjacency"].shape == (after, after)
-        # Of a chain what is left: neighbours that stay neighbours, and themselves.
+        # The rest of a chain: words that were neighbours still are, and each word has itself.
         assert other["adjacency"].diagonal().all()
         if after == before:
             assert torch.equal(other["adjacency"], one["adjacency"])
@@ -152,15 +152,15 @@ def test_a_graph_loses_the_words_that_its_caption_loses(tiny_graphs):
 
 def test_the_whole_image_is_never_dropped_nor_left_alone(tiny):
     opt = options.parse(["--img_dim", "12", "--drop"])
-    words = ckpt.as_read(deserialize_vocab("vocab/tiny_precomp_vocab.json"), opt)
-    data = open_split(str(tiny / "data" / "tiny_precomp"), "train", words, opt)
-    data.drop = Drop(0.9, 0, words, whole=True)
-    left = torch.stack([data[i]["inside"] for i in range(len(data))])
+    words = systems.of(opt).vocabulary(deserialize_vocab("vocab/tiny_precomp_vocab.json"), opt)
+    data = systems.open_split(str(tiny / "data" / "tiny_precomp"), "train", words, opt)
+    data.drop = Drop(0.9, 0, words, keep_last=True)
+    left = torch.stack([data[i]["region_mask"] for i in range(len(data))])
     assert left[:, -1].all() and left[:, :-1].any(1).all() and not left.all()
 
 
 def test_a_run_goes_on_without_drop_and_again(tiny):
-    """The vocabulary keeps its <mask> then."""
+    """The vocabulary then keeps its <mask>."""
     train.main(train_args(num_epochs=1, drop=True))
     train.main(train_args(num_epochs=2, resume="run/checkpoint_0.pth.tar"))
     train.main(train_args(num_epochs=3, resume="run/checkpoint_1.pth.tar"))

@@ -1,4 +1,4 @@
-"""Ranks and metrics against counting, the published lines, five-fold, ensembles."""
+"""Ranks and metrics compared with counting, the published lines, five folds, ensembles."""
 
 import os
 import pickle
@@ -15,6 +15,7 @@ from data import PrecompDataset
 from evaluation import encode_data, i2t, retrieval_metrics, score_matrix, t2i
 from tests import reference
 from tests.conftest import train_args, write_split
+from util import tencent
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
@@ -39,7 +40,7 @@ def test_ranks_equal_counting(k, ties):
 
 
 def test_ties_cost_the_model():
-    """A model that scores everything alike has found nothing."""
+    """A model that gives every pair the same score has found nothing."""
     metrics = retrieval_metrics(np.zeros((20, 100), np.float32))
     assert metrics["rsum"] == 0
     assert metrics["i2t"]["medr"] == 96 and metrics["t2i"]["medr"] == 20
@@ -70,7 +71,7 @@ def test_wrong_shapes_are_refused():
 
 @pytest.fixture
 def trained(tiny):
-    """The tiny directory with a run of one epoch in run/."""
+    """The tiny directory, with a run of one epoch in run/."""
     train.main(train_args(num_epochs=1))
     return tiny
 
@@ -91,7 +92,7 @@ def test_evalrank_prints_the_published_lines(trained, capsys):
 
 
 def test_evalrank_from_any_directory(trained, monkeypatch):
-    """Our checkpoints carry their vocabulary; nothing else is read from where training ran."""
+    """Our checkpoints hold their vocabulary; nothing else is read from the training folder."""
     want = evaluation.evalrank("run/model_best.pth.tar", split="test")
     (trained / "vocab" / "tiny_precomp_vocab.json").unlink()
     elsewhere = trained / "elsewhere"
@@ -153,7 +154,7 @@ def test_five_fold(trained, capsys, save):
 
 
 def test_five_fold_of_repeated_storage(trained):
-    """COCO's testall has one row a caption: the same numbers, images encoded once."""
+    """COCO's testall has one row per caption: the numbers are the same, images are encoded once."""
     want = evaluation.evalrank("run/model_best.pth.tar", split="test", fold5=True)
     shutil.copy("data/tiny_precomp/test_caps.txt", "data/tiny_precomp/testall_caps.txt")
     rows = np.repeat(np.load("data/tiny_precomp/test_ims.npy"), 5, 0)
@@ -216,9 +217,9 @@ def test_command_line(trained, capsys):
 
 def test_bad_arguments_are_named_before_scoring(trained, monkeypatch):
     monkeypatch.setattr(ckpt, "load_model", None)
-    with pytest.raises(ValueError, match="nodir/x.npy: not a file in a folder that exists"):
+    with pytest.raises(ValueError, match="nodir/x.npy: expected a file in an existing folder"):
         evaluation.evalrank("run/model_best.pth.tar", save_path="nodir/x.npy")
-    with pytest.raises(ValueError, match="run: not a file in a folder"):
+    with pytest.raises(ValueError, match="run: expected a file in an existing folder"):
         evaluation.evalrank("run/model_best.pth.tar", save_path="run")
     with pytest.raises(ValueError, match="no checkpoint to evaluate"):
         evaluation.evalrank([])
@@ -257,7 +258,7 @@ def test_average_precision_is_that_of_a_plain_loop():
     relevant = [rng.integers(0, 2, len(x)).tolist() for x in scores]
     scores.append([])  # a query without candidates
     relevant.append([])
-    metrics = evaluation.average_precision(scores, relevant, (1, 2, 3, 5))
+    metrics = tencent.average_precision(scores, relevant, (1, 2, 3, 5))
     for k in (1, 2, 3, 5):
         got = metrics[f"map@{k}"], metrics[f"a@{k}"], metrics[f"queries@{k}"]
         assert got == pytest.approx(slow_map(scores, relevant, k))
@@ -271,12 +272,12 @@ def test_average_precision_is_that_of_a_plain_loop():
 
 
 def test_average_precision_by_hand():
-    metrics = evaluation.average_precision([[3, 2, 1], [1, 1]], [[1, 0, 1], [0, 1]], (1, 2))
-    # Ranked 1 0 1, and, as a tie costs the model, 0 1; only the first has two relevant ones.
+    metrics = tencent.average_precision([[3, 2, 1], [1, 1]], [[1, 0, 1], [0, 1]], (1, 2))
+    # The ranks are 1 0 1 and (a tie costs the model) 0 1; only the first has two relevant ones.
     assert (metrics["map@1"], metrics["a@1"], metrics["queries@1"]) == (0.5, 0.5, 2)
     assert (metrics["map@2"], metrics["a@2"], metrics["queries@2"]) == (0.75, 0.5, 1)
     assert metrics["map"] == pytest.approx(((1 + 2 / 3) / 2 + 1 / 2) / 2)
-    nothing = evaluation.average_precision([[1.0]], [[0]], (1,))
+    nothing = tencent.average_precision([[1.0]], [[0]], (1,))
     assert np.isnan(nothing["map@1"]) and np.isnan(nothing["map"]) and nothing["queries@1"] == 0
 
 
@@ -285,20 +286,20 @@ def test_average_precision_by_hand():
 )
 def test_average_precision_refuses(scores, flags):
     with pytest.raises(ValueError, match="query 1 .from 0.: expected as many finite scores"):
-        evaluation.average_precision([[1], scores], [[1], flags])
+        tencent.average_precision([[1], scores], [[1], flags])
 
 
 def test_weighted_scores_are_means_of_the_models_that_have_one():
     models = [[{"a": 1.0, "b": 2.0}, {}], [{"a": 4.0}, {"c": 3.0}], [{"b": 5.0, "d": 1.0}, {}]]
-    got = evaluation.weighted_scores(models, [1.0, 1.0, 1.5])
+    got = tencent.weighted_scores(models, [1.0, 1.0, 1.5])
     assert got == [{"a": 2.5, "b": pytest.approx(9.5 / 2.5), "d": 1.0}, {"c": 3.0}]
-    assert evaluation.weighted_scores(models[:2])[0] == {"a": 2.5, "b": 2.0}
-    assert evaluation.weighted_scores(models, np.array([1.0, 1.0, 1.5])) == got
+    assert tencent.weighted_scores(models[:2])[0] == {"a": 2.5, "b": 2.0}
+    assert tencent.weighted_scores(models, np.array([1.0, 1.0, 1.5])) == got
     for bad in ([1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 1.0, np.nan], [1.0, 1.0, np.inf], []):
-        with pytest.raises(ValueError, match="expected one above 0 each"):
-            evaluation.weighted_scores(models, bad)
+        with pytest.raises(ValueError, match="expected one weight above 0 per model"):
+            tencent.weighted_scores(models, bad)
     with pytest.raises(ValueError, match=r"score \[2, 1\] queries"):
-        evaluation.weighted_scores([models[0], models[1][:1]])
+        tencent.weighted_scores([models[0], models[1][:1]])
 
 
 def test_several_images_a_caption_are_ranked_the_other_way_round():
@@ -307,7 +308,7 @@ def test_several_images_a_caption_are_ranked_the_other_way_round():
     got = retrieval_metrics(scores, candidates=True)
     assert (got["t2i"], got["i2t"], got["rsum"]) == (other["i2t"], other["t2i"], other["rsum"])
     with pytest.raises(ValueError, match="same number of captions for each image"):
-        retrieval_metrics(scores)  # unless asked for: a matrix the wrong way round
+        retrieval_metrics(scores)  # candidates is not set, so it may be transposed
     assert [evaluation.fold_slices(12, 4, fold, 2) for fold in (0, 1)] == [
         (slice(0, 6), slice(0, 2)),
         (slice(6, 12), slice(2, 4)),
@@ -319,7 +320,7 @@ def test_an_ensemble_of_saved_matrices(tmp_path, monkeypatch, capsys):
     rng = np.random.default_rng(2)
     a, b = (rng.normal(size=(10, 50)).astype(t) for t in (np.float32, np.float64))
     np.save("a.npy", a)
-    b.dump("b.npy")  # what published programs wrote
+    b.dump("b.npy")  # as the published programs wrote it
     for fold5 in (False, True):
         got = evaluation.eval_ensemble(["a.npy", "b.npy"], fold5)
         mean = (a + b) / 2
@@ -333,17 +334,17 @@ def test_an_ensemble_of_saved_matrices(tmp_path, monkeypatch, capsys):
     evaluation.main(["a.npy", "b.npy", "--paper", *"123456"])
     out = capsys.readouterr().out
     assert f"rsum: {retrieval_metrics(mean)['rsum']:.1f}" in out and "paper" in out
-    np.save("p.npy", {"npts": 10, "sims": a})  # as CHAN's published program writes it
+    np.save("p.npy", {"npts": 10, "sims": a})  # as the published program of CHAN writes it
     assert evaluation.eval_ensemble("p.npy") == evaluation.eval_ensemble(["a.npy"])
     for flags in (["a.npy", "x.pth.tar"], ["a.npy", "--save_path", "o.npy"]):
         with pytest.raises(SystemExit):
             evaluation.main(flags)
-        assert "go with each other" in capsys.readouterr().err
+        assert "cannot be mixed with checkpoints" in capsys.readouterr().err
     np.save("c.npy", a[:5])
     np.save("d.npy", a.astype(np.int64))
     np.save("e.npy", a[0])
     np.save("n.npy", {"npts": 10})
-    np.save("t.npy", a.T)  # the wrong way round, unless it is said to be right
+    np.save("t.npy", a.T)  # transposed: right only with candidates
     assert evaluation.eval_ensemble(["t.npy"], candidates=True)["rsum"] > 0
     for paths, message in (
         (["a.npy", "c.npy"], r"c.npy: scores \(5, 50\) images x captions, the files before"),

@@ -1,4 +1,4 @@
-"""ECCV Caption, CxC and PMRP: the package's own figures, by hand and on a whole COCO test set."""
+"""ECCV Caption, CxC and PMRP: the figures of the package, by hand and on all of COCO's test set."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from util.cli import InputError
 
 eccv_caption = pytest.importorskip("eccv_caption")
 
-IMAGES, CAPTIONS = [30, 10, 20], [7, 1, 9, 4, 2, 8]  # two captions an image
+IMAGES, CAPTIONS = [30, 10, 20], [7, 1, 9, 4, 2, 8]  # two captions per image
 OF_IMAGE = {7: [30], 1: [30], 9: [10], 4: [10], 2: [20], 8: [20]}
 OF_CAPTION = {30: [7, 1], 10: [9, 4], 20: [2, 8]}
 SCORES = np.array(
@@ -29,7 +29,7 @@ SCORES = np.array(
 
 
 class Small(eccv_caption.Metrics):
-    """The package with judgements of three images in place of COCO's."""
+    """The package with judgements of three images instead of those of COCO."""
 
     def __init__(self, extra_file_dir=None):
         super().__init__()
@@ -47,13 +47,13 @@ def small(monkeypatch):
 
 def test_a_ranking_by_hand(small, tmp_path, monkeypatch):
     got = extended.coco_metrics(SCORES, IMAGES, CAPTIONS)
-    # 30 ranks 7+ 9- 2+ | 8: of R = 3 two are right; precision at the right ones 1 and 2/3.
-    # 20 ranks 7- 1- | 2 8: of R = 2 none. Captions: 7 ranks 30+ 20+; 9 ranks 10- | 30.
+    # 30 ranks 7+ 9- 2+ | 8: two of R = 3 are right; the precision at them is 1 and 2/3.
+    # 20 ranks 7- 1- | 2 8: none of R = 2 is right. Captions: 7 ranks 30+ 20+; 9 ranks 10- | 30.
     want = {
         "eccv_map_at_r": {"i2t": 100 * (1 + 0 + 2 / 3) / 3 / 2, "t2i": 50},
         "eccv_rprecision": {"i2t": 100 * (2 / 3) / 2, "t2i": 50},
         "eccv_r1": {"i2t": 50, "t2i": 50},
-        # 30 finds 7 first, 10 finds 9; 20 finds 1 second. Captions 7 and 9, and no other.
+        # 30 finds 7 first, 10 finds 9 first, 20 finds 1 second. Captions 7 and 9 come first.
         "cxc_r1": {"i2t": 100 * 2 / 3, "t2i": 100 * 2 / 6},
         "cxc_r5": {"i2t": 100, "t2i": 100},
         "cxc_r10": {"i2t": 100, "t2i": 100},
@@ -80,7 +80,7 @@ def test_a_ranking_by_hand(small, tmp_path, monkeypatch):
 
 
 def test_the_whole_test_set_against_the_package_itself():
-    """Scores of COCO's size; the package gets whole rankings, not the first few."""
+    """The scores have the size of COCO; the package gets whole rankings, not the first few."""
     judge = eccv_caption.Metrics()
     captions = [int(x) for x in judge.coco_ids]
     images = list(dict.fromkeys(judge.coco_gts["t2i"][x][0] for x in captions))
@@ -101,7 +101,7 @@ def test_the_whole_test_set_against_the_package_itself():
     for name, both in want.items():
         assert got[name] == pytest.approx({way: 100 * x for way, x in both.items()}), name
         assert all(0 < x < 100 for x in got[name].values())
-    # CxC by its first rank; it lacks some of COCO's own pairs, so Recall@1 may be above it.
+    # CxC by its first rank; it lacks some pairs of COCO, so Recall@1 may be higher.
     first = {x: captions[i] for x, i in zip(images, scores.argmax(1), strict=True)}
     hits = [first[x] in right for x, right in judge.cxc_gts["i2t"].items()]
     assert got["cxc_r1"]["i2t"] == pytest.approx(100 * np.mean(hits)) and 0 < np.mean(hits) < 1
@@ -121,7 +121,7 @@ def test_ids_from_files(tmp_path):
     write(tmp_path, "testall_ids.txt", IMAGES)
     write(tmp_path, "testall_capids.txt", CAPTIONS)
     assert extended.read_pair_of_ids(folder, "testall") == (IMAGES, CAPTIONS)
-    write(tmp_path, "testall_ids.txt", np.repeat(IMAGES, 2))  # a line a caption
+    write(tmp_path, "testall_ids.txt", np.repeat(IMAGES, 2))  # one line per caption
     assert extended.read_pair_of_ids(folder, "testall") == (IMAGES, CAPTIONS)
     write(tmp_path, "testall_ids.txt", ["30", "x7"])
     with pytest.raises(InputError, match="line 2 is 'x7', expected an id of COCO"):
@@ -129,7 +129,7 @@ def test_ids_from_files(tmp_path):
 
 
 def test_ids_of_karpathys_order(tmp_path, capsys):
-    """The first image of COCO's test set and its captions, as anyone can look them up."""
+    """The first image of COCO's test set and its captions; anyone can look them up."""
     extended.main(["--write_ids", str(tmp_path)])
     images, captions = extended.read_pair_of_ids(tmp_path, "testall")
     assert len(images) == 5000 and len(captions) == 25000
@@ -137,7 +137,7 @@ def test_ids_of_karpathys_order(tmp_path, capsys):
     assert images[1] == 60623 and "25000 ids" in capsys.readouterr().out
     extended.main(["--write_ids", str(tmp_path)])  # the same again
     write(tmp_path, "testall_capids.txt", [1])
-    with pytest.raises(InputError, match="testall_capids.txt: is there and differs"):
+    with pytest.raises(InputError, match="testall_capids.txt: exists with other content"):
         extended.main(["--write_ids", str(tmp_path)])
 
 
@@ -158,7 +158,7 @@ def test_what_does_not_fit_is_said(small, images, captions, scores, message):
 
 @pytest.fixture
 def coco(tiny, monkeypatch):
-    """A data set of 15 images with five captions each, testall, and judgements to it."""
+    """A data set of 15 images with five captions each, testall, and judgements of it."""
     folder = tiny / "data" / "tiny_precomp"
     write_split(folder, "testall", 15, repeat=5)
     images, captions = [100 + 7 * i for i in range(15)], [900 - 3 * i for i in range(75)]
@@ -248,7 +248,9 @@ def test_a_model_whose_score_needs_more_has_no_intra_recalls(coco, capsys):
     train.main(train_args(model="pfan_whole", num_epochs=1))
     (folder / "cxc_i2i.json").write_text('{"100": [[107, 3.0]]}')
     got = extended.evaluate("run/model_best.pth.tar")
-    assert "cxc" not in got and "CxC i2i, t2t: not of this model" in capsys.readouterr().out
+    assert (
+        "cxc" not in got and "CxC i2i, t2t: not available for this model" in capsys.readouterr().out
+    )
 
 
 def test_wrong_calls(coco, tiny, monkeypatch, capsys):

@@ -11,8 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import checkpoint as ckpt
 import evaluation
 import options
+import systems
 import train
-from data import open_split
 from tests.conftest import GOLDEN
 
 
@@ -66,8 +66,8 @@ def test_embeddings(case):
     words = ckpt.find_vocab(state, "init.pth.tar")
     net = ckpt.build_model(state["opt"], len(words))
     ckpt.load_weights(net, state, "init.pth.tar")
-    folder = evaluation.find_data(state["opt"].data_path, state["opt"].data_name, info["system"])
-    data = open_split(folder, "test", words, state["opt"])
+    folder = systems.of(state["opt"]).find_data(state["opt"].data_path, state["opt"].data_name)
+    data = systems.open_split(folder, "test", words, state["opt"])
     images, captions = evaluation.encode_data(net, data)
     close(images["regions"][0].numpy(), want["image_embedding_0"], 1e-6)
     (first,) = [g["words"][g["index"] == 0][0] for g in captions if (g["index"] == 0).any()]
@@ -93,6 +93,6 @@ def test_training_steps(case):
     np.testing.assert_allclose(losses, info["losses"], rtol=1e-4)
     last = f"out/checkpoint_{info['steps'] - 1}.pth.tar"
     evaluation.evalrank(last, split="test", save_path="after.npy")
-    # Wide where a weight's gradient is all but zero, and Adam makes a whole step of its rounding.
+    # It is wide where a gradient is almost zero: Adam makes a whole step from its rounding error.
     close(np.load("after.npy"), want["sims_after_steps"], info["tolerance_after_steps"])
     assert torch.load(last, weights_only=False)["epoch"] == info["steps"] - 1

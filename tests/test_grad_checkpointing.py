@@ -1,6 +1,6 @@
-"""--grad_checkpointing: the same step for every system, of which less is kept.
+"""--grad_checkpointing: every system takes the same step and keeps less in memory.
 
-With dropout (BERT's) it is another draw, which the backward pass must meet again.
+With dropout (that of BERT) it draws other numbers, and the backward pass must draw them again.
 """
 
 import pytest
@@ -38,7 +38,7 @@ def make_bert(dropout):
 
 
 def step(net, batch, parts, amp=False):
-    """Scores and gradients, and the numbers that the graph of the encoders keeps."""
+    """Scores, gradients, and the count of numbers that the graph of the encoders keeps."""
     net.zero_grad()
     net.grad_checkpointing = parts
     kept = []
@@ -61,12 +61,12 @@ def step(net, batch, parts, amp=False):
 def test_parts_change_no_score_and_no_gradient(kind, more, amp):
     net, batch = make_bert(0.0) if kind is EncoderTextBert else make(kind, n=7, **more)
     scores, grads, kept = step(net, batch, 0, amp)
-    for parts in (1, 3, 7, 50):  # more parts than pairs: one pair each
+    for parts in (1, 3, 7, 50):  # more parts than pairs: one pair per part
         got, got_grads, less = step(net, batch, parts, amp)
         torch.testing.assert_close(got, scores, rtol=1e-5, atol=1e-6)
         largest = max(grad.abs().max() for grad in grads.values())
         for name, grad in grads.items():
-            # bfloat16 sums up the parts with eight bits.
+            # bfloat16 adds the parts with eight bits.
             apart = (got_grads[name] - grad).abs().max()
             assert apart <= (0.02 if amp else 1e-4) * largest, name
         assert less < kept / 10
@@ -92,13 +92,13 @@ def test_each_part_is_encoded_by_itself_and_again_on_the_way_back(monkeypatch):
     short, long, *again = lengths
     assert short + long == sorted(batch["lengths"].tolist()) and again == [long, short]
     sizes.clear()
-    with torch.no_grad():  # nothing is kept anyway
+    with torch.no_grad():  # nothing is kept in this case
         net(batch)
     assert sizes == [7]
 
 
 def test_dropout_is_drawn_again_as_it_was(monkeypatch):
-    """The gradient is that of the loss that was printed: the same units are out both times."""
+    """The gradient belongs to the printed loss: both passes drop the same units."""
     net, batch = make_bert(0.5)
     drawn, dropout = [], torch.nn.Dropout.forward
 

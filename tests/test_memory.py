@@ -1,4 +1,4 @@
-"""The peak of a process's memory, wherever it comes from."""
+"""The peak memory of a process, from every source that reports it."""
 
 import builtins
 import subprocess
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def test_it_grows_with_what_is_held():
-    """In processes of their own: the peak of this one is that of the tests before."""
+    """They run in processes of their own, because this one has the peak of earlier tests."""
 
     def peak(numbers):
         code = "import numpy, torch, util.memory as m\n"
@@ -26,7 +26,7 @@ def test_it_grows_with_what_is_held():
         )
         return int(done.stdout)
 
-    assert 256 < peak(2**26) - peak(1) < 1024  # 512 MiB, and what an allocator keeps besides
+    assert 256 < peak(2**26) - peak(1) < 1024  # 512 MiB, and what the allocator also keeps
 
 
 @pytest.mark.parametrize("status", ["", "VmRSS: 3 kB\n", None])
@@ -38,7 +38,7 @@ def test_without_the_peak_in_proc(monkeypatch, status):
 
     want = peak_mib(CPU)
     monkeypatch.setattr(Path, "read_text", read_text)
-    got = peak_mib(CPU)  # may start at the memory of the process before
+    got = peak_mib(CPU)  # it may start at the memory of the previous process
     assert want / 2 < got < 2**16
 
     load = builtins.__import__

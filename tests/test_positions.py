@@ -1,4 +1,4 @@
-"""Boxes to blocks: against a plain loop, and what the tool says of bad input."""
+"""Boxes to blocks: compared with a plain loop, and the messages about bad input."""
 
 import numpy as np
 import pytest
@@ -61,8 +61,9 @@ def test_the_area_is_in_parts_of_the_image():
 
 @pytest.mark.parametrize("case", [c for c in GOLDEN if "pfan" in c.name], ids=lambda c: c.name)
 def test_published_blocks_keep_the_same_rules(case):
-    """Largest first, of equal ones the lower id first, no block after the last, weights that add
-    up to 1: what the published arrays have in common with ours."""
+    """The published arrays and ours have these in common: the largest block comes first, of equal
+    blocks the one with the lower id; no block follows an empty place; the weights add up to 1.
+    """
     for path in case.glob("data/*/*_boxes.npy"):
         ids, weights = np.split(np.load(path)[..., :30], 2, axis=2)
         assert (np.diff(weights) <= 1e-12).all()
@@ -81,7 +82,7 @@ def test_the_tool_writes_what_the_function_finds(tiny_graphs, capsys):
     assert "dev_boxes.npy: 10 images\n" in capsys.readouterr().out
     (folder / "test_boxes.npy").unlink()
     before = (folder / "dev_boxes.npy").read_bytes()
-    positions.main(["--data_name", "tiny_precomp"])  # makes what is missing
+    positions.main(["--data_name", "tiny_precomp"])  # it makes the missing files
     assert "kept: train_boxes.npy, dev_boxes.npy\n" in capsys.readouterr().out
     assert (folder / "test_boxes.npy").exists()
     with pytest.raises(ValueError, match="train_boxes.npy: exists already; --overwrite"):

@@ -1,14 +1,14 @@
 """Random options against plain loops in float64; scripts/fuzz_options.py is the long form.
 
-Below the draws stand the faults that they found, each by itself and at a size that people use.
+After the draws, each fault that they found has a test of its own, at a size that people use.
 """
 
 import pytest
 import torch
 
+import attention
 import chan
 import gsmn
-import model
 from gsmn import GSMN, textual_edges
 from model import SCAN, ContrastiveLoss, l2norm, xattn_score_i2t, xattn_score_t2i
 from scripts import fuzz_options
@@ -16,7 +16,7 @@ from tests import random_options, reference
 from tests.random_options import SYSTEMS, check, draw
 from util.cli import InputError
 
-# Seeds that found a fault, or find it again when it is put back; see the tests below.
+# Seeds that found a fault, or that find it again when it is put back; see the tests below.
 FOUND = {
     35: "gradients of dots without a bound",
     154: "a vanished node's value is left out of the gradient of later weights",
@@ -49,15 +49,15 @@ def test_a_seed_is_a_case():
 
 
 def test_a_wrong_score_is_found(monkeypatch, capsys):
-    """The net itself: a cosine off by 1e-4, a gradient that is missing, a NaN."""
-    case, cosine = draw(1, "scan"), model.cosine
+    """The comparison finds a cosine that is off by 1e-4, a missing gradient, and a NaN."""
+    case, cosine = draw(1, "scan"), attention.cosine
     assert not check(case)
     for wrong in (
         lambda *args: cosine(*args) * (1 + 1e-4),
         lambda *args: cosine(*args).detach() + 0 * args[0],
         lambda *args: cosine(*args) * float("nan"),
     ):
-        monkeypatch.setattr(model, "cosine", wrong)
+        monkeypatch.setattr(attention, "cosine", wrong)
         assert check(case)
     monkeypatch.undo()
 
@@ -80,9 +80,9 @@ def test_a_wrong_score_is_found(monkeypatch, capsys):
 
 @pytest.mark.parametrize("neighbours", [False, True])
 def test_a_strong_word_outside_the_neighbourhood_takes_nothing_from_it(neighbours):
-    """GSMN --is_sparse --no_txtnorm: a softmax over all words left 0 for the neighbours."""
+    """GSMN --is_sparse --no_txtnorm: a softmax over all words gave the neighbours 0."""
     g = torch.Generator().manual_seed(0)
-    words = 1 + 0.1 * torch.randn(2, 6, 1024, generator=g)  # of much the same direction
+    words = 1 + 0.1 * torch.randn(2, 6, 1024, generator=g)  # all in nearly the same direction
     words *= torch.tensor([0.02, 0.3, 1, 0.1, 2, 0.05])[:, None]
     words[1, 4:] = 0
     lengths = torch.tensor([6, 4])
@@ -111,7 +111,7 @@ def test_a_strong_word_outside_the_neighbourhood_takes_nothing_from_it(neighbour
 @pytest.mark.parametrize("length", [0.5, 0.05, 0.015, 1.5e-3])
 @pytest.mark.parametrize("direction", ["t2i", "i2t"])
 def test_faint_attended_vectors_keep_their_digits(direction, length):
-    """Two keys all but opposite: |c| is small, and its Gram form a difference of large numbers."""
+    """Two keys are almost opposite: |c| is small, its Gram form a difference of large numbers."""
     g = torch.Generator().manual_seed(0)
     a, b, q = l2norm(torch.randn(3, 40, 64, generator=g, dtype=torch.float64), -1)
     keys = l2norm(torch.stack([a, -a + 2 * length * b], 1), -1)  # (40, 2, D)
@@ -151,7 +151,7 @@ def test_faint_blocks_of_gsmn_and_faint_means_of_chan():
 @pytest.mark.parametrize("norm", ["no_norm", "clipped", "softmax"])
 @pytest.mark.parametrize("size", [10.0, 100.0])
 def test_gradients_of_dots_without_a_bound(norm, size):
-    """--no_imgnorm: exponentials that are not divided by their sum made noise of 1e-3 of it."""
+    """--no_imgnorm: exponentials that were not divided by their sum made errors of 1e-3."""
     torch.manual_seed(0)
     net = SCAN(20, 8, 8, 32, bi_gru=True, no_imgnorm=True, raw_feature_norm=norm)
     lengths = torch.tensor([3, 5, 2, 4])
@@ -166,14 +166,14 @@ def test_gradients_of_dots_without_a_bound(norm, size):
 
 
 def test_a_vanished_vector_keeps_its_value_where_a_graph_is_kept():
-    """Its cosine passes no gradient, but what is made of it reads the same value as without."""
+    """Its cosine passes no gradient; its value is the same with a graph and without one."""
     square = torch.tensor([1e-18, 1.0, 0.04], requires_grad=True)
     dot = torch.tensor([4e-10, 0.5, 0.1], requires_grad=True)
     length = torch.tensor([1.0, 1.0, 0.0])
     with torch.no_grad():
-        want = model.cosine(dot, square, length)
+        want = attention.cosine(dot, square, length)
     torch.testing.assert_close(want, torch.tensor([0.04, 0.5, 0.1e8]))
-    got = model.cosine(dot, square, length)
+    got = attention.cosine(dot, square, length)
     torch.testing.assert_close(got, want)
     got.sum().backward()
     torch.testing.assert_close(dot.grad, torch.tensor([0.0, 1.0, 0.0]))
@@ -181,11 +181,11 @@ def test_a_vanished_vector_keeps_its_value_where_a_graph_is_kept():
 
 
 def test_a_dropped_region_takes_no_attention():
-    """GSMN: a word opposed to all regions attended to the zeros of a dropped one."""
+    """GSMN: a word opposed to all regions attended to the zeros of a dropped region."""
     net = GSMN(20, 6, 5, 8, feat_dim=4, num_block=4, hid_dim=8, lambda_softmax=30.0)
     words = torch.full((1, 1, 8), -1.0)
     regions = torch.cat([torch.rand(1, 3, 8) + 0.1, torch.zeros(1, 1, 8)], 1)
-    inside = torch.tensor([[True, True, True, False]])
+    region_mask = torch.tensor([[True, True, True, False]])
     seen = []
     node_vectors = gsmn.word_nodes
 
@@ -197,14 +197,14 @@ def test_a_dropped_region_takes_no_attention():
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(gsmn, "word_nodes", record)
         edges = torch.ones(1, 4, 8)
-        net.similarity({"regions": regions, "edges": edges, "inside": inside}, captions)
+        net.similarity({"regions": regions, "edges": edges, "region_mask": region_mask}, captions)
         net.similarity({"regions": regions[:, :3], "edges": edges[:, :3]}, captions)
     torch.testing.assert_close(seen[0], seen[1])
     assert (seen[1] < -0.5).all()
 
 
 def test_the_loss_of_one_case_is_the_hinge_of_its_scores():
-    """What run_fast measures is the step of train.py: scores, then the loss of the batch."""
+    """run_fast measures the step of train.py: scores, then the loss of the batch."""
     case = draw(2, "scan")
     found = random_options.run_fast(case)
     net, training = case.model, case.training

@@ -1,47 +1,35 @@
-"""The server: answers what evaluation computes, whatever it is sent, until it is stopped."""
+"""The server: it computes the scores of evaluation, and refuses bad requests."""
 
-import argparse
-import asyncio
-import base64
-import http.client
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-import urllib.error
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import checkpoint as ckpt
-import evaluation
-import options
-from data import open_split
-from scripts import load_server, query_server, tencent_map
+from scripts import load_server
 from util import positions
-from vocab import deserialize_vocab
 
 pytest.importorskip("fastapi", reason="pip install fastapi uvicorn")
 
 import serve  # noqa: E402
+from tests.serving import (  # noqa: E402
+    GSMN,
+    ROOT,
+    WHOLE,
+    b64,
+    make_body,
+    make_scorer,
+    raw_request,
+    scores_of_evaluation,
+    write_checkpoint,
+)
 
-ROOT = Path(__file__).parent.parent
-SIZES = {
-    "img_dim": 12,
-    "embed_size": 16,
-    "word_dim": 8,
-    "bi_gru": True,
-    "data_name": "tiny_precomp",
-}
-GSMN = {"model": "gsmn", "num_block": 4, "feat_dim": 4, "hid_dim": 16}
 SYSTEMS = [
     {"model": "scan", "cross_attn": "t2i"},
     {"model": "scan", "cross_attn": "i2t"},
@@ -54,56 +42,6 @@ SYSTEMS = [
     {"model": "pfan_whole", "cross_attn": "i2t", "need_box_whole": True},
     {"model": "chan", "precomp_enc_type": "selfattention"},
 ]
-WHOLE = {"model": "pfan_whole", "lambda_whole": 2.0}
-
-
-def write_checkpoint(system: dict, path: str = "model.pth.tar") -> str:
-    """A model of random weights."""
-    opt = argparse.Namespace(**options.defaults(system["model"]) | SIZES | system)
-    words = ckpt.as_read(deserialize_vocab("vocab/tiny_precomp_vocab.json"), opt)
-    torch.manual_seed(0)
-    net = ckpt.build_model(opt, len(words))
-    state = {"epoch": 0, "model": ckpt.state_dicts(net, opt.model), "opt": opt}
-    torch.save(state | {"best_rsum": 0.0, "Eiters": 0, "vocab": words.state_dict()}, path)
-    return path
-
-
-def b64(array) -> str:
-    return base64.b64encode(np.ascontiguousarray(array, "<f4").tobytes()).decode()
-
-
-def make_body(caption: int = 0, images=range(15), **more) -> dict:
-    """The request for a caption of the tiny test split and some of its images."""
-    stem = "data/tiny_precomp/test"
-    features, boxes = np.load(f"{stem}_ims.npy"), np.load(f"{stem}_ims_bbx.npy")
-    sizes, whole = np.load(f"{stem}_ims_size.npy"), np.load(f"{stem}_who_ims.npy")
-    sentence = Path(f"{stem}_caps.txt").read_text().splitlines()[caption].split()
-    records = [
-        {
-            "image_id": i,
-            "image_w": int(sizes[i]["image_w"]),
-            "image_h": int(sizes[i]["image_h"]),
-            "num_boxes": len(boxes[i]),
-            "boxes": b64(boxes[i]),
-            "features": b64(features[i]),
-        }
-        for i in images
-    ]
-    vectors = [whole[i].tolist() for i in images]
-    return {"sentence": sentence, "boxes": records, "whole_items": vectors} | more
-
-
-def scores_of_evaluation(path: str) -> np.ndarray:
-    state = ckpt.load(path)
-    words = ckpt.find_vocab(state, path)
-    net = ckpt.build_model(state["opt"], len(words))
-    ckpt.load_weights(net, state, path)
-    data = open_split("data/tiny_precomp", "test", words, state["opt"])
-    return evaluation.score_matrix(net, *evaluation.encode_data(net, data))
-
-
-def make_scorer(path: str) -> serve.Scorer:
-    return serve.Scorer(path, None, torch.device("cpu"), serve.Limits())
 
 
 @pytest.mark.parametrize("system", SYSTEMS, ids=str)
@@ -147,67 +85,10 @@ def test_requests_do_not_touch_each_other(tiny_positions):
             np.testing.assert_allclose(answer[name], alone[name], rtol=0, atol=2e-6)
 
 
-def test_a_request_that_fails_does_not_fail_its_neighbours(tiny_positions):
-    desk = serve.Desk(make_scorer(write_checkpoint(WHOLE)))
-    good = desk.scorer.read(json.dumps(make_body()).encode())
-    bad = good._replace(images=[{"images": torch.zeros(4, 7)}])
-    answers = desk.score([good, bad, good])
-    assert isinstance(answers[1], Exception) and answers[0] == answers[2]
-    assert answers[0].keys() == {"sim_t2i", "sim_i2t"} and desk.score([]) == []
-
-
 def memory_mib(pid: int) -> float:
     if not os.path.exists(f"/proc/{pid}/status"):
-        return 0.0  # not Linux: not measured
+        return 0.0  # not measured outside Linux
     return load_server.memory_mib(pid)
-
-
-class Server:
-    """serve.py in a process of its own."""
-
-    def __init__(self, path: str, *flags: str):
-        self.process = subprocess.Popen(
-            [sys.executable, ROOT / "serve.py", path, "--port", "0", *flags],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        line = self.process.stdout.readline()
-        while "http://" not in line and line:
-            line = self.process.stdout.readline()
-        self.port = int(line.partition("http://127.0.0.1:")[2].split()[0])
-
-    def ask(
-        self, body=None, raw: bytes | None = None, path="/scan_sentence_image_score", **headers
-    ):
-        """(status, answer) of a POST; of a GET without a body."""
-        data = raw if raw is not None else (None if body is None else json.dumps(body).encode())
-        url = f"http://127.0.0.1:{self.port}{path}"
-        headers = {"content-type": "application/json"} | headers
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, data, headers)) as reply:
-                return reply.status, json.load(reply)
-        except urllib.error.HTTPError as error:
-            return error.code, json.loads(error.read())
-
-    def send(self, raw: bytes) -> socket.socket:
-        sock = socket.create_connection(("127.0.0.1", self.port), timeout=30)
-        sock.sendall(raw)
-        return sock
-
-    def stop(self) -> tuple[int, str]:
-        self.process.send_signal(signal.SIGTERM)
-        out = self.process.communicate(timeout=60)[0]
-        return self.process.returncode, out
-
-
-@pytest.fixture
-def server(tiny_positions):
-    server = Server(write_checkpoint(WHOLE))
-    yield server
-    server.process.kill()
-    server.process.communicate()
 
 
 def spoiled(change) -> bytes:
@@ -220,7 +101,7 @@ def on_record(**fields):
     return lambda body: body["boxes"][1].update(fields)
 
 
-HOSTILE = {  # name: (the body, or what to do to a good one; what the answer names)
+HOSTILE = {  # name: (the body, or a change to a good body; a part of the answer)
     "nothing": (b"", "Invalid JSON"),
     "not JSON": (b"sentence=dog", "Invalid JSON"),
     "half of it": (b'{"sentence": ["a"', "Invalid JSON"),
@@ -325,7 +206,7 @@ def test_hostile_bodies_are_answered_and_survived(server):
             wrong[name] = status, answer
         assert len(str(answer)) < 600, name
     assert not wrong
-    # Nothing hangs, and nothing that a body names is made: some of them would take gigabytes.
+    # Nothing hangs, and no size in a body is allocated: some of them would take gigabytes.
     assert slowest < 60 and memory_mib(server.process.pid) < before + 1000
     unknown = make_body() | {"id": 3, "path": "/etc/passwd"}  # other fields are not read
     unknown["boxes"][0]["attributes"] = [1, 2]
@@ -337,15 +218,6 @@ def test_hostile_bodies_are_answered_and_survived(server):
     assert code == 0 and "Traceback" not in out and out.endswith("stopped\n")
 
 
-def raw_request(server, head: str, body: bytes = b"") -> bytes:
-    """What comes back for a request written by hand, up to the end of the connection."""
-    sock = server.send(
-        f"POST /scan_sentence_image_score HTTP/1.1\r\n{head}\r\n\r\n".encode() + body
-    )
-    with sock, sock.makefile("rb") as reply:
-        return reply.read()
-
-
 def test_the_size_that_a_request_declares_or_has_is_bounded(server):
     json_head = "host: x\r\ncontent-type: application/json"
     start = time.monotonic()
@@ -353,7 +225,7 @@ def test_the_size_that_a_request_declares_or_has_is_bounded(server):
     assert b" 413 " in got and b"a body of 1073741824 bytes, expected at most 67108864" in got
     got = raw_request(server, f"{json_head}\r\ncontent-length: {'9' * 30}")
     assert b" 413 " in got or b" 400 " in got
-    assert time.monotonic() - start < 60  # without waiting for it
+    assert time.monotonic() - start < 60  # it does not wait for the body
     assert b" 400 " in raw_request(server, f"{json_head}\r\ncontent-length: -5")
     chunk = b"100000\r\n" + b" " * 2**20 + b"\r\n"
     sock = server.send(
@@ -364,48 +236,11 @@ def test_the_size_that_a_request_declares_or_has_is_bounded(server):
         try:
             for _ in range(80):
                 sock.sendall(chunk)
-        except OSError:  # it may hang up on us
+        except OSError:  # the server may close the connection
             pass
         got = sock.recv(4096)
     assert b" 413 " in got
     assert server.ask(make_body())[0] == 200
-
-
-def test_a_refusal_reaches_a_client_that_is_still_sending(tiny_positions):
-    server = Server(write_checkpoint(WHOLE), "--max_body_mb", "1", "--max_waiting", "1")
-    try:
-        large = b" " * (30 * 2**20)
-        for _ in range(3):
-            status, answer = server.ask(raw=large)
-            assert status == 413 and "expected at most 1048576" in answer["error"]
-        body = json.dumps(make_body(0, [0] * 250)).encode()
-        with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(lambda _: server.ask(raw=body), range(40)))
-        statuses = [status for status, _ in answers]
-        assert set(statuses) == {200, 503}
-    finally:
-        server.process.kill()
-        server.process.communicate()
-
-
-def test_replies_on_a_kept_connection_are_not_held_back(server):
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
-    times = []
-    for _ in range(20):
-        start = time.monotonic()
-        connection.request("GET", "/health")
-        assert json.load(connection.getresponse())["status"] == "ok"
-        times.append(time.monotonic() - start)
-    assert min(times) < 0.03  # held back, each waits for a delayed acknowledgement: 40 ms
-
-
-def test_sigterm_as_soon_as_it_serves(tiny_positions):
-    path = write_checkpoint(WHOLE)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        server = Server(path)
-        server.process.send_signal(number)
-        out = server.process.communicate(timeout=30)[0]
-        assert server.process.returncode == 0 and "Traceback" not in out
 
 
 def test_other_methods_types_and_places(server):
@@ -421,132 +256,6 @@ def test_other_methods_types_and_places(server):
     assert "features" in described["components"]["schemas"]["Record"]["properties"]
 
 
-def test_a_client_that_leaves_or_is_slow_does_no_harm(tiny_positions):
-    server = Server(write_checkpoint(WHOLE), "--timeout", "1")
-    head = "host: x\r\ncontent-type: application/json\r\ncontent-length: 100"
-    got = raw_request(server, head, b'{"sentence"')  # and no more
-    assert b" 408 " in got and b"no whole body in 1 s" in got
-    for _ in range(20):
-        server.send(f"POST /scan_sentence_image_score HTTP/1.1\r\n{head}\r\n\r\n".encode()).close()
-    assert server.ask(make_body())[0] == 200
-    status, health = server.ask(path="/health")
-    assert health["waiting"] == 0
-    code, out = server.stop()
-    assert code == 0 and "Traceback" not in out
-
-
-def test_too_much_at_once_is_refused_and_late_answers_are_named(tiny_positions, monkeypatch):
-    scorer = make_scorer(write_checkpoint(WHOLE))
-    score = scorer.score
-
-    scored = []
-
-    def slowly(queries):
-        time.sleep(0.5)
-        scored.append(len(queries))
-        return score(queries)
-
-    monkeypatch.setattr(scorer, "score", slowly)
-    raw = json.dumps(make_body()).encode()
-
-    class Request:
-        headers = {"content-type": "application/json"}
-
-        def __init__(self, seconds=60):
-            self.seconds = seconds
-
-        async def stream(self):
-            yield raw
-
-        async def receive(self):
-            await asyncio.sleep(self.seconds)
-            return {"type": "http.disconnect"}
-
-    async def go(limits, n, seconds=60):
-        scorer.limits = limits
-        desk = serve.Desk(scorer)
-        work = asyncio.create_task(desk.work())
-        answers = await asyncio.gather(
-            *(desk.answer(Request(seconds)) for _ in range(n)), return_exceptions=True
-        )
-        await asyncio.sleep(1)
-        work.cancel()
-        assert (desk.inside, desk.held) == (0, 0)
-        return answers
-
-    answers = asyncio.run(go(serve.Limits(waiting=3), 5))
-    refused = [answer for answer in answers if isinstance(answer, serve.Refused)]
-    assert [r.status for r in refused] == [503, 503]
-    assert len([a for a in answers if isinstance(a, dict)]) == 3
-    answers = asyncio.run(go(serve.Limits(held_bytes=2 * len(raw)), 3))
-    assert sorted(getattr(a, "status", 200) for a in answers) == [200, 200, 503]
-    answers = asyncio.run(go(serve.Limits(seconds=0.2), 2))
-    assert [a.status for a in answers] == [504, 504]
-    scored.clear()
-    answers = asyncio.run(go(serve.Limits(batch=1), 4, seconds=0.2))  # all are gone by then
-    assert all(isinstance(a, serve.ClientDisconnect) for a in answers)
-    assert sum(scored) == 1  # the others were still waiting
-
-
-def test_the_worker_outlives_a_failure(tiny_positions, monkeypatch):
-    desk = serve.Desk(make_scorer(write_checkpoint(WHOLE)))
-    raw = bytearray(json.dumps(make_body()).encode())
-    submit = desk.worker.submit
-
-    def once(*args):
-        monkeypatch.setattr(desk.worker, "submit", submit)
-        raise RuntimeError("can't start new thread")
-
-    async def go():
-        work = asyncio.create_task(desk.work())
-        monkeypatch.setattr(desk.worker, "submit", once)
-        with pytest.raises(RuntimeError, match="new thread"):
-            await desk.scores(raw)
-        answer = await desk.scores(raw)
-        work.cancel()
-        return answer
-
-    assert len(asyncio.run(asyncio.wait_for(go(), 20))["sim_t2i"]) == 15  # and does not hang
-
-
-def test_many_clients_and_sigterm_with_requests_in_flight(server):
-    bodies = [make_body(c, range(c % 5, 15)) for c in range(12)]
-    want = [server.ask(body)[1] for body in bodies]
-    with ThreadPoolExecutor(12) as pool:
-        for _ in range(3):
-            for got, one in zip(pool.map(server.ask, bodies), want, strict=True):
-                assert got[0] == 200
-                for name in one:
-                    np.testing.assert_allclose(got[1][name], one[name], rtol=0, atol=2e-6)
-
-        # 24 requests have sent all but their last byte when the signal comes.
-        data = json.dumps(make_body(0, [k % 15 for k in range(200)])).encode()
-        connections, sent = [], threading.Barrier(25)
-        for _ in range(24):
-            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-            connection.putrequest("POST", "/scan_sentence_image_score")
-            connection.putheader("content-type", "application/json")
-            connection.putheader("content-length", str(len(data)))
-            connection.endheaders(data[:-1])
-            connections.append(connection)
-
-        def finish(connection):
-            sent.wait()
-            connection.send(data[-1:])
-            reply = connection.getresponse()
-            return reply.status, len(json.load(reply)["sim_t2i"])
-
-        with ThreadPoolExecutor(24) as many:
-            replies = [many.submit(finish, connection) for connection in connections]
-            while server.ask(path="/health")[1]["waiting"] < 24:
-                time.sleep(0.02)
-            sent.wait()
-            server.process.send_signal(signal.SIGTERM)
-            assert [reply.result() for reply in replies] == [(200, 200)] * 24
-    code, out = server.process.wait(60), server.process.stdout.read()
-    assert code == 0 and "Traceback" not in out and out.endswith("stopped\n")
-
-
 def test_a_sparse_gsmn_says_what_it_needs(tiny_positions):
     scorer = make_scorer(write_checkpoint(GSMN | {"is_sparse": True}))
     for more in ({}, {"dependencies": [[0, 99]]}, {"dependencies": [[-1, 2]]}):
@@ -560,7 +269,7 @@ def test_what_cannot_be_served_is_one_line(tiny_positions, monkeypatch, capsys):
             [sys.executable, ROOT / "serve.py", *args],
             capture_output=True,
             text=True,
-            timeout=60,  # it may serve, where it should have refused
+            timeout=60,  # it may serve although it should refuse
             env=os.environ | env,
         )
         return done.returncode, done.stderr
@@ -588,139 +297,3 @@ def test_what_cannot_be_served_is_one_line(tiny_positions, monkeypatch, capsys):
         taken.listen()
         code, err = run(path, "--port", str(taken.getsockname()[1]))
         assert code == 1 and "in use" in err and "Traceback" not in err
-
-
-def write_meta(folder: Path) -> None:
-    """The tiny test split as the files of Tencent-News' test set."""
-    folder.mkdir()
-    body = make_body()
-    url = "http://inews.example.com/{}.jpg".format
-    with open(folder / "test_own.tsv.0", "w") as tsv:
-        for record in body["boxes"][:14]:  # the last image has no features
-            tsv.write("\t".join(str(record[name]) for name in query_server.FIELDS) + "\n")
-    with open(folder / "test_features.json", "w") as lines:
-        for i, vector in enumerate(body["whole_items"]):
-            place = "http://inews.example.com/by/url.png" if i == 3 else f"/somewhere/{i}.jpg"
-            lines.write(json.dumps([place, vector]) + "\n")
-    ids = {url(i): i for i in range(15)} | {"http://inews.example.com/by/url.png": 3}
-    (folder / "img_id.txt").write_text("".join(f"{u}\t{i}\n" for u, i in ids.items()))
-    with open(folder / "test_list.json", "w") as lines:
-        for q in range(5):
-            urls = [url(i) for i in (3 * q, 3 * q + 1, 3 * q + 2, (3 * q + 4) % 15)]
-            words = make_body(15 * q)["sentence"]
-            query = {
-                "Content": words,
-                "Tag": words[:1],
-                "Img_urls": urls,
-                "Img_flags": [1, 0, 1, 0],
-            }
-            lines.write(json.dumps(query) + "\n")
-
-
-def test_the_client_writes_result_lines_and_map_reads_them(server, tiny_positions, capsys):
-    write_meta(tiny_positions / "meta")
-    flags = [str(server.port), "--meta", "meta"]
-    query_server.main(["dist_sentence_t2i.json", "sentence", *flags])
-    query_server.main(["dist_tag_i2t.json", "tag", *flags, "--clients", "1"])
-    lines = [json.loads(line) for line in open("dist_sentence_t2i.json")]
-    want = scores_of_evaluation("model.pth.tar")
-    assert [len(line["urls"]) for line in lines] == [4, 4, 4, 4, 3]  # image 14 has no features
-    np.testing.assert_allclose(lines[2]["dist_t2i"], want[[6, 7, 8, 10], 30], atol=2e-6)
-    assert "notice: 1 of 20 candidates have no features" in capsys.readouterr().out
-    files = ["dist_sentence_t2i.json", "dist_tag_i2t.json"]
-    tencent_map.main([*files, "--list", "meta/test_list.json", "--weights", "1", "1.5"])
-    out = capsys.readouterr().out.splitlines()
-    tags = [json.loads(line) for line in open("dist_tag_i2t.json")]
-    scores = [
-        [(a + 1.5 * b) / 2.5 for a, b in zip(x["dist_t2i"], y["dist_i2t"], strict=True)]
-        for x, y in zip(lines, tags, strict=True)
-    ]
-    relevant = [[1, 0, 1, 0][: len(x)] for x in scores[:4]] + [[1, 0, 0]]
-    metrics = evaluation.average_precision(scores, relevant)
-    assert out[0].startswith(f"MAP@1: {metrics['map@1']:.4f}  A@1: {metrics['a@1']:.4f}  (5 quer")
-    assert out[1].startswith(f"MAP@2: {metrics['map@2']:.4f}") and out[1].endswith("(4 queries)")
-    assert out[2].startswith("MAP@3: nan") and f"{metrics['map']:.4f}" in out[3]
-
-
-def spoil_line(name, text):
-    def spoil(folder):
-        lines = (folder / name).read_text().splitlines()
-        lines[1] = text
-        (folder / name).write_text("\n".join(lines) + "\n")
-
-    return spoil
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (spoil_line("test_list.json", "{"), "test_list.json: line 2 is not JSON"),
-        (spoil_line("test_list.json", "{}"), "test_list.json: line 2: expected Content and Img"),
-        (spoil_line("img_id.txt", "x"), "img_id.txt: line 2: expected a url, a tab and an image"),
-        (spoil_line("test_features.json", "[1]"), "test_features.json: line 2: expected .url, vec"),
-        (spoil_line("test_own.tsv.0", "1\t2"), "test_own.tsv.0: image 1: expected image_id"),
-        (
-            lambda f: (f / "test_own.tsv.0").write_bytes(b"1\t\xff\t\xff\t1\t1\t1\n"),
-            "test_own.tsv.0: image 1: expected image_id",
-        ),
-        (lambda f: (f / "img_id.txt").unlink(), "img_id.txt: no such file; --meta is the folder"),
-        (
-            lambda f: (f / "img_id.txt").write_text("a\t1\n"),
-            "meta: none of the 20 candidates has an id in img_id.txt",
-        ),
-        (
-            lambda f: (f / "test_features.json").write_text(
-                "".join(f'["/{i}.jpg", [1]]\n' for i in range(15))
-            ),
-            "test_list.json: line 1: .*422: .*whole_items.0: 1 numbers, expected 12",
-        ),
-    ],
-)
-def test_the_client_names_bad_files_and_writes_nothing(server, tiny_positions, spoil, message):
-    write_meta(tiny_positions / "meta")
-    spoil(tiny_positions / "meta")
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        query_server.main(["d.json", "sentence", str(server.port), "--meta", "meta"])
-    assert not os.path.exists("d.json") and not os.path.exists("d.json.part")
-
-
-def test_the_client_waits_for_a_busy_server(tiny_positions):
-    server = Server(write_checkpoint(WHOLE), "--max_waiting", "1")
-    write_meta(tiny_positions / "meta")
-    lines = (tiny_positions / "meta" / "test_list.json").read_text()
-    (tiny_positions / "meta" / "test_list.json").write_text(lines * 8)
-    query_server.main(["d.json", "tag", str(server.port), "--meta", "meta", "--clients", "6"])
-    assert len(Path("d.json").read_text().splitlines()) == 40
-    server.process.kill()
-    server.process.communicate()
-
-
-def test_the_client_says_when_no_server_answers(tiny_positions):
-    write_meta(tiny_positions / "meta")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    with pytest.raises(ValueError, match="no answer .*is serve.py running"):
-        query_server.main(["d.json", "tag", port, "--meta", "meta"])
-
-
-@pytest.mark.parametrize(
-    ("results", "judged", "message"),
-    [
-        ('{"urls": ["a"], "dist_t2i": []}', "{}", "line 1: expected urls and as many dist_t2i"),
-        ('{"urls": [], "dist_t2i": []}\n' * 2, "{}", "1 queries, but 2 were scored"),
-        ('{"urls": [], "dist_t2i": []}', '{"Img_urls": ["a"]}', "line 1: expected Img_urls and"),
-        ('{"urls": [], "dist_t2i": []}', "[1]", "line 1: expected Img_urls and"),
-        ('{"urls": 3, "dist_t2i": [1]}', "{}", "line 1: expected urls and as many dist_t2i"),
-        ('{"urls": "a", "dist_t2i": "5"}', "{}", "line 1: expected urls and as many dist_t2i"),
-        ('{"urls": [["a"]], "dist_t2i": [5]}', "{}", "line 1: expected urls and as many"),
-        ('{"urls": ["a"], "dist_t2i": [null]}', "{}", "line 1: expected numbers in dist_t2i"),
-        ("\udcff", "{}", "line 1 is not JSON"),
-    ],
-)
-def test_map_names_bad_lines(tmp_path, monkeypatch, results, judged, message):
-    monkeypatch.chdir(tmp_path)
-    Path("r.json").write_text(results, errors="surrogateescape")
-    Path("list.json").write_text(judged)
-    with pytest.raises(ValueError, match=message):
-        tencent_map.main(["r.json", "--list", "list.json"])

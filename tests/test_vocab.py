@@ -1,4 +1,4 @@
-"""Vocabulary files, tokens, and what is said when they are wrong."""
+"""Vocabulary files, tokens, and the messages when they are wrong."""
 
 import json
 import os
@@ -10,8 +10,8 @@ from pathlib import Path
 import nltk
 import pytest
 
-import checkpoint as ckpt
 import options
+import systems
 import vocab
 from vocab import Vocabulary, deserialize_vocab, read_captions, serialize_vocab, tokenize
 
@@ -71,7 +71,7 @@ def test_round_trip_and_encoding(tmp_path):
 
 
 def test_published_file_reads(tmp_path):
-    """No tokenizer key, indices as strings."""
+    """They have no tokenizer key, and their indices are strings."""
     word2idx = {word: i for i, word in enumerate((*vocab.SPECIAL, "two"))}
     idx2word = {str(i): word for word, i in word2idx.items()}
     state = {"word2idx": word2idx, "idx2word": idx2word, "idx": 5}
@@ -80,13 +80,13 @@ def test_published_file_reads(tmp_path):
     assert len(words) == 5 and words("two") == 4 and words.tokenizer is None
 
 
-# Three capitals as they stand in the published Tencent vocabulary, and an edge that only Unicode
-# strips: after it a quote would not open.
+# Three capitals that are in the published Tencent vocabulary, and an edge that only Unicode strips:
+# after it a quote would not open.
 CAPTION = '\u3000"\uff21 \u00c9T\u00c9 Dog\u03a9" \x1c'
 
 
 def published(*words) -> dict:
-    """A vocabulary as a published file holds it."""
+    """A vocabulary in the form of a published file."""
     word2idx = {word: i for i, word in enumerate((*vocab.SPECIAL, *words))}
     return {"word2idx": word2idx, "idx2word": {}, "idx": len(word2idx)}
 
@@ -111,7 +111,7 @@ def test_our_vocabularies_say_that_they_lower_all_letters(tmp_path):
     state = json.loads((tmp_path / "v.json").read_text())
     assert state["lower"] == "unicode"
     assert deserialize_vocab(tmp_path / "v.json").encode(CAPTION) == [1, 6, 4, 5, 3, 3, 2]
-    del state["lower"]  # those that vocab.py wrote before it said so
+    del state["lower"]  # those that vocab.py wrote before it stored the rule
     assert Vocabulary.from_state_dict(state, "x").lower == "unicode"
     with pytest.raises(ValueError, match="x: 'lower' is 'latin', expected unicode or ascii"):
         Vocabulary.from_state_dict(state | {"lower": "latin"}, "x")
@@ -119,9 +119,9 @@ def test_our_vocabularies_say_that_they_lower_all_letters(tmp_path):
 
 @pytest.mark.parametrize("system", ["scan", "gsmn", "pfan", "pfan_whole", "chan"])
 def test_the_rule_of_a_published_vocabulary_is_that_of_its_program(system):
-    """CHAN is a program for Python 3, whose text has Unicode letters; the others had bytes."""
+    """CHAN is a program for Python 3, where text has Unicode letters; the others used bytes."""
     opt = options.parse(["--model", system])
-    words = ckpt.as_read(Vocabulary.from_state_dict(published("x"), "x"), opt)
+    words = systems.of(opt).vocabulary(Vocabulary.from_state_dict(published("x"), "x"), opt)
     assert words.lower == ("unicode" if system == "chan" else "ascii")
 
 
@@ -206,7 +206,7 @@ CHINESE = "一个小孩在公园里玩"
 
 
 def fake_jieba(monkeypatch):
-    """A stand-in that cuts into pairs of characters."""
+    """A stand-in for jieba that cuts text into pairs of characters."""
     module = types.ModuleType("jieba")
     module.setLogLevel = lambda level: None
     module.lcut = lambda text: [text[i : i + 2] for i in range(0, len(text), 2)]
@@ -226,7 +226,7 @@ def test_chinese_is_split_by_jieba(tmp_path, monkeypatch):
     write_chinese(tmp_path / "data" / "news", "sent_caps")
     vocab.main("--data_name news --sent --tokenizer jieba".split())
     words = deserialize_vocab("vocab/news_sent_vocab.json")
-    assert words.tokenizer == "jieba"  # and so each caption is split when it is read
+    assert words.tokenizer == "jieba"  # each caption is split in the same way when it is read
     assert [words.idx2word[i] for i in words.encode("一个 小孩")[1:-1]][0] == "一个"
     assert words.encode(CHINESE) == [1, 4, 5, 6, 7, 8, 2]
     again = Vocabulary.from_state_dict(words.state_dict(), "x")

@@ -1,4 +1,4 @@
-"""Word vectors: both text formats, spellings, and what is said of bad files."""
+"""Word vectors: both text formats, spellings, and the messages about bad files."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def write(path, rows, head=""):
 ROWS = [
     ("the", [9, 9, 9]),
     ("dog", [1, 2, 3]),
-    ("dog", [7, 7, 7]),  # again: the first counts
+    ("dog", [7, 7, 7]),  # a word again: the first one counts
     ("tshirt", [0.5, -1, 2e-3]),
     ("and", [4, 5, 6]),
     ("ice cream", [3, 2, 1]),  # a token with a space
