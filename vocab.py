@@ -1,7 +1,7 @@
-"""Words and their indices, and how a caption becomes words.
+"""Vocabularies: split captions into words, and number the words.
 
-python vocab.py --data_path data --data_name f30k_precomp     # writes vocab/f30k_precomp_vocab.json
-python vocab.py --data_name tencent_data --sent               # vocab/tencent_data_sent_vocab.json
+python vocab.py --data_path data --data_name f30k_precomp    # writes vocab/f30k_precomp_vocab.json
+python vocab.py --data_name tencent_data --sent    # writes vocab/tencent_data_sent_vocab.json
 """
 
 import argparse
@@ -19,7 +19,7 @@ from util.cli import InputError, progress, replacing, run
 
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
 PUNKT, ONE_SENTENCE, JIEBA = "punkt", "one_sentence", "jieba"
-# What counts as a capital letter and as a blank: Python's own rules, or those of Python 2's bytes.
+# The rules for capital letters and blanks: those of Python 3's str, or those of Python 2's bytes.
 UNICODE, ASCII = "unicode", "ascii"
 ASCII_BLANKS = " \t\n\r\x0b\x0c"
 ASCII_LETTERS = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
@@ -27,7 +27,7 @@ ASCII_LETTERS = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 
 @functools.cache
 def available_tokenizer() -> str:
-    """`punkt` when nltk's sentence model is on this machine, else `one_sentence`, with a notice."""
+    """`punkt` if nltk's sentence model is installed, else `one_sentence`, with a notice."""
     try:
         nltk.word_tokenize("a dog .")
         return PUNKT
@@ -42,13 +42,13 @@ def available_tokenizer() -> str:
 
 @functools.cache
 def jieba_cut():
-    """jieba's word segmentation."""
+    """jieba's function for word segmentation."""
     try:
         import jieba
     except ImportError:
         raise InputError(
             "Chinese captions without spaces are split into words by jieba, which is not installed:"
-            " pip install jieba (captions with a space between words do without)"
+            " pip install jieba (captions with spaces between words do not need it)"
         ) from None
     jieba.setLogLevel("WARNING")
     return jieba.lcut
@@ -57,13 +57,14 @@ def jieba_cut():
 def tokenize(caption: str, tokenizer: str | None = None, lower: str = UNICODE) -> list[str]:
     """Lower-case tokens of a caption, by `nltk.word_tokenize`.
 
-    `lower` says which letters are lowered and which blanks are stripped from the caption's ends:
-    `unicode`, or `ascii`, as the published programs that ran under Python 2 did (quirk 25).
+    `lower` decides which letters become lower case and which blanks are stripped from the ends of
+    the caption: those of `unicode`, or those of `ascii`, as in published programs that ran under
+    Python 2 (Q25).
 
-    `tokenizer` is `punkt` (split sentences, then words: the published way), `one_sentence` (words
-    only, needs no data files) or None: punkt where it is installed. They differ where a full stop
-    inside a caption touches a word: "he ran. he fell." has the token "ran." in one sentence.
-    `jieba` splits Chinese that has no spaces between words.
+    `tokenizer` is `punkt` (split into sentences, then into words, as published), `one_sentence`
+    (split into words only; needs no data files), or None (`punkt` if it is installed). The two
+    differ if a full stop within a caption touches a word: with `one_sentence`, "he ran. he fell."
+    has the token "ran.". `jieba` splits Chinese without spaces between words.
     """
     if lower == ASCII:
         caption = caption.strip(ASCII_BLANKS).translate(ASCII_LETTERS)
@@ -79,14 +80,14 @@ def tokenize(caption: str, tokenizer: str | None = None, lower: str = UNICODE) -
 class Vocabulary:
     """A two-way map between words and indices; unknown words become `unknown`."""
 
-    unknown, mask = "<unk>", "<mask>"  # the latter is there only where a system or --drop adds it
+    unknown, mask = "<unk>", "<mask>"  # only a system or --drop adds the mask
     pieces = False  # a word is one token
 
     def __init__(self, tokenizer: str | None = None, lower: str = UNICODE):
         self.word2idx: dict[str, int] = {}
         self.idx2word: dict[int, str] = {}
         self.idx = 0
-        self.tokenizer = tokenizer  # None: a published file, which does not say
+        self.tokenizer = tokenizer  # None: a published file, which names none
         self.lower = lower  # see tokenize
 
     def add_word(self, word: str) -> None:
@@ -103,7 +104,7 @@ class Vocabulary:
         return len(self.word2idx)
 
     def words(self, caption: str) -> list[str]:
-        """The caption's words, split and lowered as those of the vocabulary were."""
+        """The words of a caption, split and lower-cased by the rules of this vocabulary."""
         return tokenize(caption, self.tokenizer, self.lower)
 
     def encode(self, caption: str) -> list[int]:
@@ -111,7 +112,7 @@ class Vocabulary:
         return [self("<start>"), *map(self, self.words(caption)), self("<end>")]
 
     def state_dict(self) -> dict:
-        """Plain values for JSON: the published `word2idx`, `idx2word`, `idx`, and the rules."""
+        """Plain values for JSON: the published `word2idx`, `idx2word`, `idx`, and the two rules."""
         return {
             "word2idx": self.word2idx,
             "idx2word": {str(index): word for index, word in self.idx2word.items()},
@@ -133,7 +134,7 @@ class Vocabulary:
             raise InputError(
                 f"{source}: the indices of its {len(word2idx)} words are not 0, 1, ..."
             )
-        # A published file says nothing; without this key our own lowered all letters.
+        # Published files have neither key. Our older files lack 'lower'; they used unicode.
         lower = state.get("lower", UNICODE if "tokenizer" in state else ASCII)
         if lower not in (UNICODE, ASCII):
             raise InputError(f"{source}: 'lower' is {lower!r}, expected {UNICODE} or {ASCII}")
@@ -144,16 +145,16 @@ class Vocabulary:
 
 
 def serialize_vocab(vocab: Vocabulary, dest: str | os.PathLike) -> None:
-    """Write a vocabulary as JSON, whole or not at all."""
+    """Write a vocabulary as JSON, completely or not at all."""
     if os.path.isdir(dest):
-        raise InputError(f"{dest}: a folder; name the vocabulary file itself")
+        raise InputError(f"{dest}: a folder; give the path of the vocabulary file")
     Path(dest).parent.mkdir(parents=True, exist_ok=True)
     with replacing(dest) as part:
         Path(part).write_text(json.dumps(vocab.state_dict()), encoding="utf-8")
 
 
 def deserialize_vocab(src: str | os.PathLike) -> Vocabulary:
-    """Read a vocabulary file, ours or a published one."""
+    """Read a vocabulary file of this project, or a published one."""
     if not os.path.isfile(src):
         sent = " --sent" if str(src).endswith("_sent_vocab.json") else ""
         also = " (without --sent if there are no {split}_sent_caps.txt)" if sent else ""
@@ -169,17 +170,17 @@ def deserialize_vocab(src: str | os.PathLike) -> Vocabulary:
 
 
 def read_captions(path: str | os.PathLike) -> list[str]:
-    """The captions of a UTF-8 file, one a line; empty lines are empty captions.
+    """The captions of a UTF-8 file, one per line; an empty line is an empty caption.
 
-    ASCII blanks at their ends are stripped, as published; a vocabulary may strip more.
+    ASCII blanks at both ends of a caption are stripped, as published; a vocabulary may strip more.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such caption file; it holds one caption a line")
+        raise FileNotFoundError(f"{path}: no such caption file; it holds one caption per line")
     captions = []
-    with open(path, "rb") as lines:  # binary, so that a bad byte can be named by its line
+    with open(path, "rb") as lines:  # binary, so that errors can name the line of a bad byte
         for row, line in enumerate(lines, 1):
             try:
-                text = line.decode("utf-8-sig" if row == 1 else "utf-8")
+                text = line.decode("utf-8-sig" if row == 1 else "utf-8")  # Q16
                 captions.append(text.strip(ASCII_BLANKS))
             except UnicodeDecodeError as error:
                 raise InputError(
@@ -187,7 +188,7 @@ def read_captions(path: str | os.PathLike) -> list[str]:
                     f"column {error.start + 1}); convert the file, e.g. `iconv -f latin1 -t utf-8`"
                 ) from None
     if not captions:
-        raise InputError(f"{path}: no captions in it; expected one a line")
+        raise InputError(f"{path}: no captions in it; expected one per line")
     return captions
 
 
@@ -198,11 +199,11 @@ def build_vocab(
     captions: str = "caps",
     tokenizer: str | None = None,
 ) -> Vocabulary:
-    """Words of the train and dev captions that occur at least `threshold` times.
+    """The vocabulary of the words that occur at least `threshold` times in train and dev.
 
-    Words are numbered after the four special ones in the order in which they are first seen, so
-    that two runs give the same file. `captions` are those of `{split}_{captions}.txt`; see tokenize
-    for `tokenizer`.
+    The four special words come first. The other words are numbered in the order in which they first
+    occur, so that two runs give the same file. The captions come from `{split}_{captions}.txt`; see
+    tokenize for `tokenizer`.
     """
     tokenizer = tokenizer or available_tokenizer()
     counter: Counter[str] = Counter()
@@ -232,12 +233,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--data_path", default="data", help="folder that holds DATA_NAME/")
     parser.add_argument("--data_name", default="f30k_precomp", help="e.g. f30k_precomp")
-    parser.add_argument("--threshold", type=int, default=4, help="fewest occurrences of a word")
-    parser.add_argument("--out", help="where to write; default vocab/DATA_NAME_vocab.json")
+    parser.add_argument("--threshold", type=int, default=4, help="minimum occurrences of a word")
+    parser.add_argument("--out", help="output file; default: vocab/DATA_NAME_vocab.json")
     parser.add_argument(
         "--sent",
         action="store_true",
-        help="of {split}_sent_caps.txt, to vocab/DATA_NAME_sent_vocab.json: for pfan_whole",
+        help="read {split}_sent_caps.txt, write vocab/DATA_NAME_sent_vocab.json; for pfan_whole",
     )
     parser.add_argument(
         "--tokenizer", choices=[JIEBA], help="for Chinese without spaces; default: nltk"
