@@ -60,7 +60,9 @@ def pair_dots(regions: Tensor, words: Tensor) -> Tensor:
 def block_size(device: torch.device) -> int:
     """Numbers in one block of work: few enough for a CPU's cache, enough to fill a GPU.
 
-    The size of the device decides, not its free memory: rounding must not differ between runs.
+    Blocks bound the memory. Their size matters little for the time: from 2^20 to 2^25 numbers it
+    stays within a tenth on two AMD cores. The size of the device decides, not its free memory:
+    rounding must not differ between runs.
     """
     if device.type == "cuda":
         return min(2**27, torch.cuda.get_device_properties(device).total_memory // 128)
@@ -103,7 +105,8 @@ class SparseScore(torch.autograd.Function):
     The forward pass keeps no graph. With hardest negatives at most 3 B of the B^2 scores have a
     gradient: only these pairs are scored again, with a graph, a few at a time. If more than a
     quarter of the pairs have one (the summed hinge early in training), all are scored again, block
-    by block. The gradient is that of the plain score.
+    by block. The gradient is that of the plain score. With the full graph, scores and
+    their gradients take 2.5 times as long (batch 128, D = 1024, two cores).
 
     SparseScore.apply(score, cap_lens, image_names, caption_names, *tensors) gives (I, C). The
     tensors are the images' and the captions', in the order of their names, then the weights.
