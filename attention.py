@@ -219,8 +219,8 @@ def restore_faint(
     if not len(faint):
         return x
     one = rows(faint[:1].unbind(1))[2].numel()
-    for some in faint.split(max(1, block_size(x.device) // one)):
-        at = some.unbind(1)
+    for part in faint.split(max(1, block_size(x.device) // one)):
+        at = part.unbind(1)
         a, queries, keys = rows(at)
         c = (a[:, None] @ keys)[:, 0]  # (P, D)
         new = cosine((queries * c).sum(1), c.square().sum(1), queries.norm(dim=1))  # (P,)
@@ -297,14 +297,14 @@ class CrossAttention(PairScore):
         )
         scores = []
         for start in range(0, len(regions), images_of):
-            some = {name: x[start : start + images_of] for name, x in images.items()}
-            columns = some["regions"].flatten(0, 1).mT  # (D, i R)
+            block_images = {name: x[start : start + images_of] for name, x in images.items()}
+            columns = block_images["regions"].flatten(0, 1).mT  # (D, i R)
             parts = []
             for words, groups in chunks:
                 sizes = [len(group["words"].flatten(0, 1)) for group in groups]
                 for group, s in zip(groups, (words @ columns).split(sizes), strict=True):
                     s = s.view(*group["words"].shape[:2], -1, regions_of)  # (n, W, i, R)
-                    parts.append(self.attend(s, some, group, self.config))  # (n, i)
+                    parts.append(self.attend(s, block_images, group, self.config))  # (n, i)
             scores.append(torch.cat(parts))  # (C, i)
         return torch.cat(scores, 1)[order.argsort().to(regions.device)].mT  # (I, C)
 
@@ -325,9 +325,9 @@ def packed_words(
     runs, counts = torch.stack((number, lengths)).unique_consecutive(dim=1, return_counts=True)
     chunks, start = {}, 0
     for chunk, w, n in zip(*runs.tolist(), counts.tolist(), strict=True):
-        some = slice(start, start + n * w)
+        rows_of = slice(start, start + n * w)
         start += n * w
-        group = {name: x[some].unflatten(0, (n, w)) for name, x in packed.items()}
+        group = {name: x[rows_of].unflatten(0, (n, w)) for name, x in packed.items()}
         chunks.setdefault(chunk, []).append(group)
     sizes = [
         sum(len(group["words"].flatten(0, 1)) for group in groups) for groups in chunks.values()

@@ -125,7 +125,7 @@ def read(path: str, device: str | torch.device = "cpu") -> dict:
 def load(path: str, device: str | torch.device = "cpu") -> dict:
     """Read a checkpoint, ours or published (zip or legacy serialisation, Python 2 or 3).
 
-    Ours say which system wrote them. Published ones do not: they are recognised by their weights,
+    Ours say which system wrote them. Published ones do not: they are detected by their weights,
     and options that they lack come from the shapes of the weights, then from the paper's defaults.
     Raises FileNotFoundError or InputError.
     """
@@ -150,7 +150,7 @@ def load(path: str, device: str | torch.device = "cpu") -> dict:
             )
             for state in states
         ]
-        system, known = recognise_published(states, path)
+        system, known = detect_published(states, path)
         states = system.rename(states)
         if system.counts_epochs and "run" not in checkpoint:
             checkpoint["epoch"] = checkpoint.get("epoch", 0) - 1  # Q39
@@ -176,7 +176,7 @@ def load(path: str, device: str | torch.device = "cpu") -> dict:
     return checkpoint
 
 
-def recognise_published(states: list[dict], path: str) -> tuple[System, dict]:
+def detect_published(states: list[dict], path: str) -> tuple[System, dict]:
     """The system that a published checkpoint's weights belong to, and the options they tell."""
     image, text = (states + [{}, {}])[:2]
     if (

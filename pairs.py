@@ -40,9 +40,9 @@ class PairScore(Protocol):
         scores = regions.new_empty(len(regions), len(cap_lens))  # (I, C)
         parts = blocks(cap_lens, regions, self.dots_size, self.captions_per_block)
         for length, caption, image in parts:
-            some = {name: x[caption, :length] for name, x in captions.items()}
-            part = self.block({name: x[image] for name, x in images.items()}, some, *weights)
-            scores[image, caption] = part.mT
+            block_images = {name: x[image] for name, x in images.items()}
+            block_captions = {name: x[caption, :length] for name, x in captions.items()}
+            scores[image, caption] = self.block(block_images, block_captions, *weights).mT
         return scores
 
 
@@ -164,8 +164,8 @@ class SparseScore(torch.autograd.Function):
             size = block_size(grad.device) // 2
             for length, where in length_groups(ctx.cap_lens[pairs[:, 1].cpu()]):
                 one = max(regions[0].numel(), score.dots_size * length * regions.size(1))
-                for some in where.split(max(1, size // one)):
-                    image, caption = pairs[some.to(grad.device)].unbind(1)  # (p,)
+                for part in where.split(max(1, size // one)):
+                    image, caption = pairs[part.to(grad.device)].unbind(1)  # (p,)
                     accumulate(image, caption, length, grad[image, caption], score.pairs)
         else:
             for length, caption, image in blocks(ctx.cap_lens, regions, 2 * score.dots_size, 16):

@@ -173,7 +173,7 @@ def test_missing_and_foreign_files_are_named(tmp_path):
         ([(), (), (), ()], "chan"),
     ],
 )
-def test_other_systems_are_recognised(tmp_path, states, system):
+def test_other_systems_are_detected(tmp_path, states, system):
     path = str(tmp_path / "x.pth.tar")
     names = [("fc.weight", *states[0]), ("embed.weight", *states[1]), *states[2:]]
     states = [{name: torch.zeros(2, 2) for name in some} for some in names]
