@@ -263,9 +263,9 @@ def evaluate(
         raise InputError("expected checkpoints, or score matrices (.npy), not both")
     if matrices[0] and not ids_path:
         raise InputError("a score matrix needs the folder of its ids: --ids")
+    opt = None if matrices[0] else ckpt.load(paths[0])["opt"]
     folder = ids_path
     if not ids_path:
-        opt = ckpt.load(paths[0])["opt"]
         folder = systems.of(opt).find_data(data_path or opt.data_path, opt.data_name)
     # Report faults of the files before hours of scoring.
     ids = read_pair_of_ids(folder, split)
@@ -290,7 +290,7 @@ def evaluate(
     metrics["coco_1k"] = evaluation.rank_and_print(scores, True, False)
     print_coco(metrics)
     if alike and len(paths) == 1 and not matrices[0]:
-        if systems.of(ckpt.load(paths[0])["opt"]).interchangeable:
+        if systems.of(opt).interchangeable:
             metrics["cxc"] = cxc_intra(model, images, captions, alike)
         else:
             print("CxC i2i, t2t: not available for this model, which reads more than both kinds")

@@ -46,6 +46,12 @@ class MatchingConfig(NamedTuple):
     neighbours: bool = False
 
 
+def in_blocks(images: Encoding, captions: Encoding, num_block: int) -> tuple[Tensor, Tensor]:
+    """Words (N, W, B, D / B) and regions (M, R, B, D / B)."""
+    size = num_block, -1
+    return captions["words"].unflatten(2, size), images["regions"].unflatten(2, size)
+
+
 def block_keys(x: Tensor, num_block: int) -> Tensor:
     """What the length of an attended vector sum_k alpha_k x_k needs, block by block: (N, V, B F).
 
@@ -75,9 +81,7 @@ def word_nodes(
     """
     weights = AttentionConfig("t2i", lambda_softmax=config.lambda_softmax)
     a = attention_weights(dots, WORDS, REGIONS, weights, images.get("region_mask"))
-    words, regions = (
-        x.unflatten(2, (config.num_block, -1)) for x in (captions["words"], images["regions"])
-    )  # (N, W, B, D / B), (M, R, B, D / B)
+    words, regions = in_blocks(images, captions, config.num_block)
     paired = a.dim() == 3
     by_image = a if paired else a.movedim(2, 0)  # (M, N, W, R)
     rows = by_image.reshape(len(regions), -1, a.size(-1))  # (M, N W, R)
@@ -109,9 +113,7 @@ def region_nodes(
     """
     weights = AttentionConfig("i2t", lambda_softmax=config.lambda_softmax)
     a = attention_weights(dots, REGIONS, WORDS, weights)  # (N, W, M, R)
-    words, regions = (
-        x.unflatten(2, (config.num_block, -1)) for x in (captions["words"], images["regions"])
-    )  # (N, W, B, D / B), (M, R, B, D / B)
+    words, regions = in_blocks(images, captions, config.num_block)
     paired = a.dim() == 3
     c = captions["keys"].mT @ a.flatten(2)  # (N, B F, M R)
     c = c.view(len(a), config.num_block, -1, *a.shape[2:])  # (N, B, F, M, R)
@@ -150,20 +152,15 @@ class GraphMatching(PairScore):
         self.dots_size = 2 * config.num_block
 
     def block(self, images: Encoding, captions: Encoding, *weights: Tensor) -> Tensor:
-        words, regions = self.in_blocks(images, captions)
+        words, regions = in_blocks(images, captions, self.config.num_block)
         s = words.flatten(0, 1).transpose(0, 1) @ regions.flatten(0, 1).permute(1, 2, 0)
         s = s.view(len(s), *words.shape[:2], *regions.shape[:2])  # (B, n, W, i, R)
         return self.score(s, images, captions, *weights)  # (n, i)
 
     def pairs(self, images: Encoding, captions: Encoding, *weights: Tensor) -> Tensor:
-        words, regions = self.in_blocks(images, captions)
+        words, regions = in_blocks(images, captions, self.config.num_block)
         s = words.permute(2, 0, 1, 3) @ regions.permute(2, 0, 3, 1)  # (B, p, W, R)
         return self.score(s, images, captions, *weights)  # (p,)
-
-    def in_blocks(self, images: Encoding, captions: Encoding) -> tuple[Tensor, Tensor]:
-        """Words (n, W, B, D / B) and regions (i, R, B, D / B)."""
-        size = self.config.num_block, -1
-        return captions["words"].unflatten(2, size), images["regions"].unflatten(2, size)
 
     def score(self, s: Tensor, images: Encoding, captions: Encoding, *weights: Tensor) -> Tensor:
         """Scores (n, i), or (p,), of the dots s block by block."""

@@ -255,8 +255,7 @@ def set_up(opt: argparse.Namespace, device: torch.device) -> Run:
     torch.manual_seed(opt.seed)
     system = systems.of(opt)
     resumed = ckpt.load(opt.resume) if opt.resume else None
-    if opt.text_enc_type == "bert" or resumed:
-        set_text_encoder(opt, resumed)
+    set_text_encoder(opt, resumed)
     vocab = read_vocab(opt, resumed)
     opt.vocab_size = len(vocab)
     folder = system.find_data(opt.data_path, opt.data_name)
