@@ -2,12 +2,17 @@
 
 python vocab.py --data_path data --data_name f30k_precomp    # writes vocab/f30k_precomp_vocab.json
 python vocab.py --data_name tencent_data --sent    # writes vocab/tencent_data_sent_vocab.json
+python vocab.py --data_name f30k_precomp --check    # is the file there built from these captions?
 """
 
 import argparse
+import contextlib
 import functools
 import json
+import numbers
 import os
+import reprlib  # repr() of a value from a hostile file may be endless
+import shutil
 import string
 import sys
 from collections import Counter
@@ -15,29 +20,43 @@ from pathlib import Path
 
 import nltk
 
+from util.captions import ASCII_BLANKS, read_captions
 from util.cli import InputError, progress, replacing, run
+from util.file_kinds import kind_of
+from util.fingerprint import fingerprint_of, is_fingerprint, other_captions
+from util.folders import find_folder
+from util.plain_pickle import load_vocabulary
 
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
 PUNKT, ONE_SENTENCE, JIEBA = "punkt", "one_sentence", "jieba"
 # The rules for capital letters and blanks: those of Python 3's str, or those of Python 2's bytes.
 UNICODE, ASCII = "unicode", "ascii"
-ASCII_BLANKS = " \t\n\r\x0b\x0c"
 ASCII_LETTERS = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
+# Parts of train's words that are unknown. A vocabulary of the words that occur four times leaves
+# 0.8 % of Flickr30K unknown and 1.8 % of Flickr8K.
+SUSPICIOUS, HOPELESS = 0.03, 0.3
 
 
 @functools.cache
 def available_tokenizer() -> str:
-    """`punkt` if nltk's sentence model is installed, else `one_sentence`, with a notice."""
+    """`punkt` if nltk's sentence model can be read, else `one_sentence`, with a notice."""
     try:
         nltk.word_tokenize("a dog .")
         return PUNKT
-    except LookupError:
-        print(
-            "notice: nltk's punkt data is not installed, so each caption is tokenised as one "
-            "sentence; `python -m nltk.downloader punkt_tab` installs it",
-            file=sys.stderr,
-        )
-        return ONE_SENTENCE
+    except Exception as error:  # a damaged model can fail anywhere in nltk's reader
+        names = "punkt_tab", "punkt_tab.zip"
+        files = [os.path.join(x, "tokenizers", name) for x in nltk.data.path for name in names]
+        files = " or ".join(filter(os.path.exists, files))
+        what, repair = "is not installed", "installs it"
+        if files or not isinstance(error, LookupError):
+            what = f"cannot be read ({type(error).__name__}): {files or error} is damaged"
+            repair = "installs it again, once that is removed"
+    print(
+        f"notice: nltk's punkt data {what}, so each caption is tokenised as one sentence; "
+        f"`python -m nltk.downloader punkt_tab` {repair}",
+        file=sys.stderr,
+    )
+    return ONE_SENTENCE
 
 
 @functools.cache
@@ -89,6 +108,7 @@ class Vocabulary:
         self.idx = 0
         self.tokenizer = tokenizer  # None: a published file, which names none
         self.lower = lower  # see tokenize
+        self.captions: dict | None = None  # see fingerprint; None: the file does not say it
 
     def add_word(self, word: str) -> None:
         if word not in self.word2idx:
@@ -112,13 +132,14 @@ class Vocabulary:
         return [self("<start>"), *map(self, self.words(caption)), self("<end>")]
 
     def state_dict(self) -> dict:
-        """Plain values for JSON: the published `word2idx`, `idx2word`, `idx`, and the two rules."""
+        """Plain values for JSON: the published `word2idx`, `idx2word`, `idx`, and what is ours."""
         return {
             "word2idx": self.word2idx,
             "idx2word": {str(index): word for index, word in self.idx2word.items()},
             "idx": self.idx,
             "tokenizer": self.tokenizer,
             "lower": self.lower,
+            "captions": self.captions,
         }
 
     @classmethod
@@ -130,7 +151,12 @@ class Vocabulary:
                 f"{source}: not a vocabulary: expected an object with 'word2idx' that holds "
                 f"{' '.join(SPECIAL)}; build one with vocab.py"
             )
-        if set(word2idx.values()) != set(range(len(word2idx))):
+        ids = list(word2idx.values())
+        if (
+            not all(isinstance(index, numbers.Integral) for index in ids)
+            or sorted(ids) != list(range(len(ids)))
+            or not all(isinstance(word, str) for word in word2idx)
+        ):
             raise InputError(
                 f"{source}: the indices of its {len(word2idx)} words are not 0, 1, ..."
             )
@@ -139,6 +165,12 @@ class Vocabulary:
         if lower not in (UNICODE, ASCII):
             raise InputError(f"{source}: 'lower' is {lower!r}, expected {UNICODE} or {ASCII}")
         vocab = cls(state.get("tokenizer"), lower)
+        vocab.captions = state.get("captions")
+        if vocab.captions is not None and not is_fingerprint(vocab.captions):
+            raise InputError(
+                f"{source}: 'captions' is {reprlib.repr(vocab.captions)}, expected the sha256 and "
+                "the number of captions that vocab.py writes"
+            )
         for word in sorted(word2idx, key=word2idx.get):
             vocab.add_word(word)
         return vocab
@@ -153,43 +185,86 @@ def serialize_vocab(vocab: Vocabulary, dest: str | os.PathLike) -> None:
         Path(part).write_text(json.dumps(vocab.state_dict()), encoding="utf-8")
 
 
+def existing_file(path: str | os.PathLike) -> str:
+    """A vocabulary's path; if the .json is missing, that of an older program's .pkl beside it."""
+    path = os.path.expanduser(path)
+    older = path.removesuffix(".json") + ".pkl"
+    missing = path.endswith(".json") and not os.path.isfile(path)
+    return older if missing and os.path.isfile(older) else path
+
+
 def deserialize_vocab(src: str | os.PathLike) -> Vocabulary:
-    """Read a vocabulary file of this project, or a published one."""
-    if not os.path.isfile(src):
-        sent = " --sent" if str(src).endswith("_sent_vocab.json") else ""
-        also = " (without --sent if there are no {split}_sent_caps.txt)" if sent else ""
-        raise FileNotFoundError(
-            f"{src}: no vocabulary file; build it with `python vocab.py --data_path DATA_PATH "
-            f"--data_name DATA_NAME{sent}`{also}, or give --vocab_path"
-        )
-    try:
-        state = json.loads(Path(src).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{src}: not a JSON vocabulary ({error})") from None
-    return Vocabulary.from_state_dict(state, str(src))
+    """Read a vocabulary file of this project, or a published one: JSON, or pickled by Python 2.
 
-
-def read_captions(path: str | os.PathLike) -> list[str]:
-    """The captions of a UTF-8 file, one per line; an empty line is an empty caption.
-
-    ASCII blanks at both ends of a caption are stripped, as published; a vocabulary may strip more.
+    If a .json is missing, the .pkl beside it is read. Raises FileNotFoundError or InputError.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such caption file; it holds one caption per line")
-    captions = []
-    with open(path, "rb") as lines:  # binary, so that errors can name the line of a bad byte
-        for row, line in enumerate(lines, 1):
-            try:
-                text = line.decode("utf-8-sig" if row == 1 else "utf-8")  # Q16
-                captions.append(text.strip(ASCII_BLANKS))
-            except UnicodeDecodeError as error:
-                raise InputError(
-                    f"{path}: line {row} is not UTF-8 (byte {error.object[error.start]:#04x} at "
-                    f"column {error.start + 1}); convert the file, e.g. `iconv -f latin1 -t utf-8`"
-                ) from None
-    if not captions:
-        raise InputError(f"{path}: no captions in it; expected one per line")
-    return captions
+    src = existing_file(src)
+    if not os.path.isfile(src):
+        raise FileNotFoundError(_missing_file(src))
+    with open(src, "rb") as file:
+        pickled = file.read(1) in (b"\x80", b"(", b"c", b"}")  # no JSON begins so
+    if pickled:
+        print(f"notice: {src}: a vocabulary that an older program pickled", file=sys.stderr)
+        state = {"word2idx": load_vocabulary(src).get("word2idx")}
+        return Vocabulary.from_state_dict(state, src)
+    try:
+        state = json.loads(Path(src).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{src}: not a JSON vocabulary ({kind_of(src) or error})") from None
+    return Vocabulary.from_state_dict(state, src)
+
+
+def _missing_file(path: str) -> str:
+    """What to do about a vocabulary file that is not there."""
+    sent = " --sent" if path.endswith("_sent_vocab.json") else ""
+    also = " (without --sent if there are no {split}_sent_caps.txt)" if sent else ""
+    folder = os.path.dirname(path) or "."
+    ends = "_vocab.json", "_vocab.pkl"
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    there = ", ".join(sorted(name for name in names if name.endswith(ends))[:5])
+    return (
+        f"{path}: no vocabulary file; build it with `python vocab.py --data_path DATA_PATH "
+        f"--data_name DATA_NAME{sent}`{also}, or give --vocab_path"
+        f"{f' (its folder holds {there})' if there else ''}"
+    )
+
+
+def check_captions(
+    vocab: Vocabulary,
+    folder: str | os.PathLike,
+    unknown: int,
+    words: int,
+    source: str,
+    allow_unknown: bool = False,
+    name: str = "caps",
+) -> None:
+    """Warn if a vocabulary seems to be of other captions than those of a data folder.
+
+    `unknown` of the `words` tokens of train are not in it; `source` is its file; training reads
+    `{split}_{name}.txt`. If it says that it was built from these captions, all is well. One of the
+    folder's captions of another name may do: the unknown words decide, as for a file that does not
+    say what it was built from. Raises InputError if more than 30 % are unknown, and `allow_unknown`
+    is not set. BERT's pieces are of no captions.
+    """
+    if vocab.pieces:
+        return
+    other = other_captions(vocab.captions, folder, name)
+    share = unknown / max(words, 1)
+    same_data = vocab.captions and other_captions(vocab.captions, folder) is None
+    if other is None and vocab.captions:
+        return
+    if share <= SUSPICIOUS and (other is None or same_data):
+        return
+    found = f"{unknown:,} of the {words:,} words of train ({100 * share:.1f} %) are not in it"
+    said = f"{source}: {found}; {other or 'it seems to be of other captions'}"
+    sent = " --sent" if name == "sent_caps" else ""
+    advice = (
+        f"`python vocab.py --data_path DATA_PATH --data_name DATA_NAME{sent} --out FILE` builds "
+        "the vocabulary of these captions, and --vocab_path FILE names it"
+    )
+    if share > HOPELESS and not allow_unknown:
+        raise InputError(f"{said}; {advice}; --allow_unknown trains with it all the same")
+    print(f"warning: {said}; {advice}")
 
 
 def build_vocab(
@@ -205,12 +280,18 @@ def build_vocab(
     occur, so that two runs give the same file. The captions come from `{split}_{captions}.txt`; see
     tokenize for `tokenizer`.
     """
+    folder = os.path.join(data_path, data_name)
+    if os.path.isdir(os.path.expanduser(data_path)):
+        folder = find_folder(data_path, data_name)
     tokenizer = tokenizer or available_tokenizer()
     counter: Counter[str] = Counter()
     total = unspaced = 0
-    for split in ("train", "dev"):
-        path = os.path.join(data_path, data_name, f"{split}_{captions}.txt")
-        for caption in progress(read_captions(path), f"tokenising {split}"):
+    splits = {
+        split: read_captions(os.path.join(folder, f"{split}_{captions}.txt"))
+        for split in ("train", "dev")
+    }
+    for split, lines in splits.items():
+        for caption in progress(lines, f"tokenising {split}"):
             tokens = tokenize(caption, tokenizer)
             counter.update(tokens)
             total += 1
@@ -222,11 +303,44 @@ def build_vocab(
             file=sys.stderr,
         )
     vocab = Vocabulary(tokenizer)
+    vocab.captions = fingerprint_of(splits.values(), captions)
     for word in (*SPECIAL, *(word for word, count in counter.items() if count >= threshold)):
         vocab.add_word(word)
     if len(vocab) == len(SPECIAL):
-        raise InputError(f"no word of {data_path}/{data_name} occurs {threshold} times")
+        raise InputError(f"no word of {folder} occurs {threshold} times")
     return vocab
+
+
+def check_file(path: str, folder: str) -> None:
+    """Raise InputError if a vocabulary file was built from other captions than a data folder's."""
+    vocab = deserialize_vocab(path)
+    if other := other_captions(vocab.captions, folder):
+        raise InputError(
+            f"{path}: {other}; remove or move the file to build it anew, or give another folder "
+            "of vocabularies (row scripts: VOCAB_PATH)"
+        )
+    same = f"built from the captions of {folder}"
+    print(f"{path}: {same if vocab.captions else 'does not say which captions it was built from'}")
+
+
+def keep_earlier(vocab: Vocabulary, path: str) -> None:
+    """Copy the file at `path` to another name, unless `vocab` is of the same captions or equal.
+
+    A published vocabulary cannot be built again, and checkpoints belong to their vocabulary.
+    """
+    if not os.path.isfile(path):
+        return
+    with contextlib.suppress(InputError):  # a file that cannot be read is kept too
+        old = deserialize_vocab(path)
+        if old.captions == vocab.captions or old.state_dict() == vocab.state_dict():
+            return
+    stem, end = os.path.splitext(path)
+    k = 1
+    while os.path.exists(aside := f"{stem}.earlier_{k}{end}"):
+        k += 1
+    with replacing(aside) as part:
+        shutil.copy2(path, part)
+    print(f"notice: {path} was of other captions, or does not say of which; it is now {aside}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -234,7 +348,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data_path", default="data", help="folder that holds DATA_NAME/")
     parser.add_argument("--data_name", default="f30k_precomp", help="e.g. f30k_precomp")
     parser.add_argument("--threshold", type=int, default=4, help="minimum occurrences of a word")
-    parser.add_argument("--out", help="output file; default: vocab/DATA_NAME_vocab.json")
+    parser.add_argument(
+        "--out", type=os.path.expanduser, help="output file; default: vocab/DATA_NAME_vocab.json"
+    )
     parser.add_argument(
         "--sent",
         action="store_true",
@@ -243,10 +359,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--tokenizer", choices=[JIEBA], help="for Chinese without spaces; default: nltk"
     )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="build nothing: see whether the output file was built from these captions",
+    )
     opt = parser.parse_args(argv)
+    opt.data_name = opt.data_name.rstrip(os.sep)
     sent = "sent_" if opt.sent else ""
     out = opt.out or os.path.join("vocab", f"{opt.data_name}_{sent}vocab.json")
+    if opt.check:
+        check_file(out, find_folder(opt.data_path, opt.data_name))
+        return
     vocab = build_vocab(opt.data_path, opt.data_name, opt.threshold, f"{sent}caps", opt.tokenizer)
+    keep_earlier(vocab, out)
     serialize_vocab(vocab, out)
     print(f"{out}: {len(vocab)} words (tokens: {vocab.tokenizer})")
 

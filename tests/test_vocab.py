@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import nltk
@@ -140,6 +141,87 @@ def test_tokens_with_punkt(punkt, capsys):
     assert capsys.readouterr().err == ""
 
 
+MODEL = {  # of punkt_tab, with one abbreviation
+    "collocations.tab": "",
+    "sent_starters.txt": "he\n",
+    "abbrev_types.txt": "mr\n",
+    "ortho_context.tab": "he\t46\nthe\t46\n",
+}
+
+
+@pytest.fixture
+def nltk_data(tmp_path, monkeypatch):
+    """A folder of nltk's data, the only one that is looked at, with a small punkt_tab.zip."""
+    from nltk.tokenize import _get_punkt_tokenizer
+
+    folder = tmp_path / "nltk_data" / "tokenizers"
+    folder.mkdir(parents=True)
+    for path in (folder.parent, folder):
+        path.chmod(0o755)  # nltk reads no folder that others may write
+    with zipfile.ZipFile(folder / "punkt_tab.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("punkt_tab/", "punkt_tab/english/"):
+            archive.writestr(name, "")
+        for name, content in MODEL.items():
+            archive.writestr(f"punkt_tab/english/{name}", content)
+    (folder / "punkt_tab.zip").chmod(0o644)
+    monkeypatch.setattr(nltk.data, "path", [str(folder.parent)])
+
+    def forget():
+        vocab.available_tokenizer.cache_clear()
+        _get_punkt_tokenizer.cache_clear()
+
+    forget()
+    yield folder, forget
+    forget()
+
+
+@pytest.mark.parametrize("extracted", [False, True])
+def test_damaged_punkt_data_is_named_with_the_repair(nltk_data, capsys, extracted):
+    folder, forget = nltk_data
+    archive = folder / "punkt_tab.zip"
+    whole = archive.read_bytes()
+    assert tokenize("He ran. He fell.") == ["he", "ran", ".", "he", "fell", "."]
+    assert capsys.readouterr().err == ""
+    damages = [whole[: len(whole) * k // 9] for k in range(9)]
+    damages += [whole.replace(b"PK\x01\x02", b"PK\x09\x09"), b"<html>", b"\0" * 300]
+    damages += [whole.replace(b"PK\x03\x04", b"PK\x03\x05")]
+    if extracted:
+        archive.unlink()
+        (folder / "punkt_tab" / "english").mkdir(parents=True)
+        archive = folder / "punkt_tab" / "english" / "ortho_context.tab"
+        damages = [b"he\tmany\n", b"he\n", b"\xff\xfe\x00", b"he\t4\t6\n"]
+        for name, content in MODEL.items():
+            (archive.parent / name).write_text(content)
+    for damage in damages:
+        archive.write_bytes(damage)
+        forget()
+        for tokenizer in (None, "punkt"):  # also if the vocabulary was built with it
+            assert tokenize("He ran. He fell.", tokenizer) == ["he", "ran.", "he", "fell", "."]
+        said = capsys.readouterr().err
+        assert said.count("notice: nltk's punkt data cannot be read") == said.count("\n") == 1
+        assert str(folder / "punkt_tab") in said and "is damaged" in said
+        assert "`python -m nltk.downloader punkt_tab` installs it again" in said
+
+
+def test_commands_work_with_a_damaged_zip(tmp_path):
+    data = tmp_path / "nltk_data" / "tokenizers"
+    data.mkdir(parents=True)
+    (data / "punkt_tab.zip").write_bytes(b"PK\x03\x04 cut")
+    folder = tmp_path / "data" / "x_precomp"
+    folder.mkdir(parents=True)
+    for split in ("train", "dev"):
+        (folder / f"{split}_caps.txt").write_text("a dog .\n" * 4)
+    done = subprocess.run(
+        [sys.executable, ROOT / "vocab.py", "--data_name", "x_precomp"],
+        cwd=tmp_path,
+        env=os.environ | {"NLTK_DATA": str(data.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("notice: ") == 1 and "Traceback" not in done.stderr
+
+
 def test_real_tokens():
     assert tokenize("A man's dog, isn't it?", "one_sentence") == (
         ["a", "man", "'s", "dog", ",", "is", "n't", "it", "?"]
@@ -167,6 +249,24 @@ def test_bad_vocabulary_files(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as error:
         deserialize_vocab(tmp_path / "v.json")
     assert "v.json" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("<!DOCTYPE html>\n<html>", "a web page"),
+        ("version https://git-lfs.github.com/spec/v1\n", "a git-LFS pointer"),
+    ],
+)
+def test_vocabulary_files_of_another_kind_are_named(tmp_path, content, said):
+    (tmp_path / "v.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"v.json: not a JSON vocabulary \({said}"):
+        deserialize_vocab(tmp_path / "v.json")
+
+
+def test_a_byte_order_mark_is_no_matter(tmp_path):
+    (tmp_path / "v.json").write_text("\ufeff" + json.dumps(published("dog")), encoding="utf-8")
+    assert deserialize_vocab(tmp_path / "v.json")("dog") == 4
 
 
 def test_missing_files_are_named(tmp_path):

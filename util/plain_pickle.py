@@ -1,9 +1,9 @@
-"""Read arrays of plain objects that older programs pickled, without running code from the file.
+"""Read arrays and vocabularies that older programs pickled, without running code from the file.
 
 A pickle may call any function of the machine that reads it. Even numpy's own functions, called with
 chosen arguments, can read memory that they should not. So a name in the file can only reach the
 stand-ins below. They take the arguments that numpy writes for numbers, strings and arrays, check
-them, and keep them.
+them, and keep them; of an object of the class Vocabulary they keep the attributes.
 """
 
 import os
@@ -18,8 +18,12 @@ from util.cli import InputError
 _DTYPE = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248]|[SU]\d{0,6}|O8?)")
 
 
+class _Refused(pickle.UnpicklingError):
+    """The file asks for more than this reader gives."""
+
+
 def _refuse(what: str):
-    raise pickle.UnpicklingError(what)
+    raise _Refused(what)
 
 
 class _Call:
@@ -68,7 +72,7 @@ class _Array:
                 _refuse("an array that is not as long as its content")
             self.value = np.empty(count, dtype=object)
             for k, x in enumerate(content):  # one by one: numpy would unpack lists
-                self.value[k] = _plain(x)
+                self.value[k] = plain_value(x)
         else:
             content = content.encode("latin1") if isinstance(content, str) else content
             if not isinstance(content, bytes) or len(content) != count * dtype.value.itemsize:
@@ -77,13 +81,16 @@ class _Array:
         self.value = self.value.reshape(shape, order="F" if fortran else "C")
 
 
-def _plain(x):
-    """An object with its stand-in arrays replaced by numpy's, also among the values of a dict."""
+def plain_value(x):
+    """An object with stand-ins for arrays and dtypes replaced by numpy's, also in a dict."""
     if isinstance(x, dict):
         return {
-            key: value.value if isinstance(value, _Array) else value for key, value in x.items()
+            key: value.value if isinstance(value, _NUMPY) else value for key, value in x.items()
         }
-    return x.value if isinstance(x, _Array) else x
+    return x.value if isinstance(x, _NUMPY) else x
+
+
+_NUMPY = _Array, _Dtype
 
 
 def _scalar(dtype, content):
@@ -108,12 +115,58 @@ for _core in ("core", "_core"):  # before numpy 2, and since
     _ALLOWED[f"numpy.{_core}.multiarray", "scalar"] = _Call(_scalar)
 
 
+# The same by full name, for torch's own restricted reader, which must know the types of objects.
+NUMPY = {".".join(name): stand_in for name, stand_in in _ALLOWED.items() if name[0] != "_codecs"}
+NUMPY |= {"numpy.ndarray": _Array, "numpy.dtype": _Dtype}
+
+
 class _Unpickler(pickle.Unpickler):
+    allowed = _ALLOWED
+
     def find_class(self, module: str, name: str):
-        return _ALLOWED.get((module, name)) or _refuse(f"{module}.{name}")
+        return self.allowed.get((module, name)) or _refuse(f"{module}.{name}")
 
     def persistent_load(self, pid):
         _refuse("a persistent object")
+
+
+class _Attributes:
+    """The stand-in for an object: its class runs nothing, its attributes are kept."""
+
+    __slots__ = ("value",)
+
+    def __setstate__(self, state):
+        self.value = state
+
+
+def _new_object(kind, *_):
+    return _Attributes() if kind is _Attributes else _refuse("an object of no class")
+
+
+def _pairs(content=()):
+    """A plain dict in place of those of `collections`, whose content may follow."""
+    return dict(content)
+
+
+class _VocabularyUnpickler(_Unpickler):
+    """Objects as Python 2 and 3 pickle them: old and new classes, all protocols."""
+
+    allowed = {
+        **_ALLOWED,
+        **{(module, "_reconstructor"): _Call(_new_object) for module in ("copy_reg", "copyreg")},
+        # What a defaultdict makes is never made.
+        **{
+            (module, name): _Call(_refuse)
+            for module in ("__builtin__", "builtins")
+            for name in ("object", "int", "long", "float", "str", "list", "dict")
+        },
+        ("collections", "OrderedDict"): _Call(_pairs),
+        ("collections", "Counter"): _Call(_pairs),
+        ("collections", "defaultdict"): _Call(lambda _=None, *more: _pairs(*more)),
+    }
+
+    def find_class(self, module: str, name: str):
+        return _Attributes if name == "Vocabulary" else super().find_class(module, name)
 
 
 def load_objects(path: str | os.PathLike) -> np.ndarray:
@@ -135,7 +188,7 @@ def load_objects(path: str | os.PathLike) -> np.ndarray:
                 return np.load(file, allow_pickle=False)
             objects = _Unpickler(file, encoding="latin1").load()
             objects = objects.value if isinstance(objects, _Array) else _refuse("no array")
-    except pickle.UnpicklingError as error:
+    except _Refused as error:
         raise InputError(
             f"{path}: refused, a pickle that holds more than dicts, strings, numbers and arrays "
             f"({error}); get the file from its authors, or save a plain array"
@@ -149,3 +202,35 @@ def load_objects(path: str | os.PathLike) -> np.ndarray:
     if objects.shape != shape:
         raise InputError(f"{path}: an array of shape {objects.shape}, its header says {shape}")
     return objects
+
+
+def load_vocabulary(path: str | os.PathLike) -> dict:
+    """The attributes of a pickled object of the class Vocabulary, or a pickled dict of them.
+
+    The class may be of any module, as only its name is looked at. Text of Python 2 is read as
+    UTF-8, or else as latin1. Raises InputError if the file names anything else, or is cut.
+    """
+    try:
+        try:
+            return _read_vocabulary(path, "utf-8")
+        except UnicodeDecodeError:
+            return _read_vocabulary(path, "latin1")
+    except _Refused as error:
+        raise InputError(
+            f"{path}: refused, a pickle that holds more than a Vocabulary of words and numbers "
+            f"({error}); get the file from its authors, or build one with vocab.py"
+        ) from None
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle can fail anywhere in its reader
+        raise InputError(
+            f"{path}: not a whole pickled vocabulary ({type(error).__name__}: {error}); copy it "
+            "again, or build one with vocab.py"
+        ) from None
+
+
+def _read_vocabulary(path: str | os.PathLike, encoding: str) -> dict:
+    with open(path, "rb") as file:
+        found = _VocabularyUnpickler(file, encoding=encoding).load()
+    found = getattr(found, "value", None) if isinstance(found, _Attributes) else found
+    return found if isinstance(found, dict) else _refuse("no object with attributes")
