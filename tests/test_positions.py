@@ -143,3 +143,41 @@ def test_bad_input_is_named_and_leaves_no_half_file(tiny_graphs, change, message
 def test_bad_flags_are_named(tiny_graphs, flags, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         positions.main(flags)
+
+
+def test_the_area_is_that_within_the_image():
+    boxes = [[[-40, 80, 200, 240], [-9, -9, -1, -1], [90, 90, 50, 50], [8, 8, 24, 40]]]
+    got = find_blocks(boxes, [(160, 160)], with_area=True)[0, :, 30]
+    np.testing.assert_allclose(got, [0.5, 0, 0, 16 * 32 / 160**2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.int64, np.uint16, np.float16])
+def test_boxes_of_other_types(tiny_graphs, dtype, capsys):
+    stem = str(tiny_graphs / "data" / "tiny_precomp" / "dev")
+    boxes = np.load(f"{stem}_ims_bbx.npy").astype(dtype)
+    np.save(f"{stem}_ims_bbx.npy", boxes)
+    sizes = np.array([tuple(x) for x in np.load(f"{stem}_ims_size.npy")])
+    positions.convert(stem)
+    np.testing.assert_array_equal(np.load(f"{stem}_boxes.npy"), find_blocks(boxes, sizes))
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_out_is_for_read_only_data(tiny_graphs, capsys, monkeypatch):
+    folder = tiny_graphs / "data" / "tiny_precomp"
+    before = sorted(folder.iterdir())
+    monkeypatch.setenv("HOME", str(tiny_graphs))
+    out = tiny_graphs / "new" / "blocks"
+    args = ["--data_path", "~/data/", "--data_name", "tiny_precomp/"]
+    positions.main([*args, "--out", "~/new/blocks/"])
+    said = capsys.readouterr().out
+    assert sorted(folder.iterdir()) == before
+    assert f"{out}/dev_boxes.npy: 10 images" in said
+    assert f"notice: training reads one folder: ln -s {folder}/* {out}" in said
+    with pytest.raises(ValueError, match="blocks/train_boxes.npy: exists already; --overwrite"):
+        positions.main([*args, "--out", str(out)])
+    for path in before:
+        (out / path.name).symlink_to(path)
+    positions.main([*args])  # the folder of the data has none yet
+    for split in ("train", "dev", "test"):
+        want = (folder / f"{split}_boxes.npy").read_bytes()
+        assert (out / f"{split}_boxes.npy").read_bytes() == want

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 
@@ -12,13 +13,19 @@ class InputError(ValueError):
     """The user's input is wrong; the message says what is wrong, where, and what to do."""
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], clean_up: bool = False) -> None:
     """Run a script's `main`; bad input ends it with one line on stderr and exit status 1.
+
+    With `clean_up`, SIGTERM and SIGHUP end it as Ctrl-C does: it removes what it has half written.
 
     Only `InputError` and the operating system's errors (missing file, full disk) are shortened.
     Any other exception is a bug in this project and keeps its traceback. A DataLoader worker wraps
     an error in its own traceback, so only the text after the error's name is printed.
     """
+    if clean_up:
+        for name in ("SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):  # Windows has no SIGHUP
+                signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:
