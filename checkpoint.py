@@ -8,32 +8,23 @@ rest of what an exact resume needs). `opt.model` of ours says which system wrote
 import argparse
 import contextlib
 import glob
-import numbers
 import os
 import pickle
 import re
 import shutil
 import tempfile
-from collections import OrderedDict
 
-import numpy as np
 import torch
 from torch import nn
 
 import options
+import published
 import systems
 from bert import CONFIG, PIECES, EncoderTextBert, WordPieces, complete_config
-from system import System
+from published import SAFE
 from util.cli import InputError
-from vocab import Vocabulary, deserialize_vocab
-
-# What published files hold besides tensors. Nothing here runs code of the file's choosing.
-SAFE = [argparse.Namespace, np.dtype, np.float64, np.float32, np.int64]
-SAFE += [type(np.dtype(name)) for name in ("float64", "float32", "int64")]
-# numpy's rebuilder of scalars, under the names that numpy 1 and numpy 2 gave its module.
-SAFE += [
-    (np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")
-]
+from util.file_kinds import kind_of
+from vocab import Vocabulary, deserialize_vocab, existing_file
 
 
 def build_model(opt: argparse.Namespace, vocab_size: int) -> nn.Module:
@@ -74,6 +65,8 @@ def load_weights(model: nn.Module, checkpoint: dict, path: str) -> None:
     for name, state in zip(parts, checkpoint["model"], strict=True):
         part = getattr(model, name)
         own = part.state_dict()
+        if not any("module" in key.split(".") for key in own):
+            state = published.unwrap_inside(state)
         # PyTorch 0.3 had no 0-d tensors: its scalar of a weight norm has one element.
         state = {
             key: x.reshape(own[key].shape)
@@ -89,9 +82,12 @@ def load_weights(model: nn.Module, checkpoint: dict, path: str) -> None:
             if key in state and state[key].shape != own[key].shape
         ]
         if wrong:
+            advice = "give the options it was trained with"
+            if "run" not in checkpoint and any(key not in own for key in state):
+                advice = f"is it of another program than {', '.join(systems.SYSTEMS)}?"
             raise InputError(
                 f"{path}: its weights ({name}) do not fit the options: {'; '.join(wrong[:3])}"
-                f"{' ...' if len(wrong) > 3 else ''}; give the options it was trained with"
+                f"{' ...' if len(wrong) > 3 else ''}; {advice}"
             )
         part.load_state_dict(state)
 
@@ -99,8 +95,13 @@ def load_weights(model: nn.Module, checkpoint: dict, path: str) -> None:
 def read(path: str, device: str | torch.device = "cpu") -> dict:
     """What a checkpoint file holds, ours or published. Raises FileNotFoundError or InputError.
 
-    Nothing is unpickled except tensors and plain values.
+    Nothing is unpickled except tensors and plain values. `opt` is a Namespace, and weights have
+    their own names, whatever program wrote them; see published.clean.
     """
+    if os.path.isdir(path):
+        raise FileNotFoundError(
+            f"{path}: a folder; give a checkpoint in it, e.g. model_best.pth.tar"
+        )
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
@@ -115,11 +116,12 @@ def read(path: str, device: str | torch.device = "cpu") -> dict:
                 f"{path}: refused, it would run code or load objects that no checkpoint of this "
                 f"field holds ({foreign[1]}); get the file from its authors"
             ) from None
+        kind = kind_of(path)
+        said = "copy it again" if not kind or "torch.save" in kind else f"it is {kind}"
         raise InputError(
-            f"{path}: not a checkpoint, or a damaged one ({type(error).__name__}); copy it again"
+            f"{path}: not a checkpoint, or a damaged one ({type(error).__name__}); {said}"
         ) from None
-    check_contents(checkpoint, path)
-    return checkpoint
+    return published.clean(checkpoint, path)
 
 
 def load(path: str, device: str | torch.device = "cpu") -> dict:
@@ -131,7 +133,7 @@ def load(path: str, device: str | torch.device = "cpu") -> dict:
     """
     checkpoint = read(path, device)
     stored = {name: x for name, x in vars(checkpoint["opt"]).items() if x is not None}
-    states, known = [OrderedDict(state) for state in checkpoint["model"]], {}
+    states, known = checkpoint["model"], {}
     if "model" in stored:
         try:
             system = systems.of(checkpoint["opt"])
@@ -144,23 +146,16 @@ def load(path: str, device: str | torch.device = "cpu") -> dict:
             )
     else:
         # Position ids 0, 1, ... were once stored by transformers.
-        states = [
-            OrderedDict(
-                (name, x) for name, x in state.items() if name != "bert.embeddings.position_ids"
-            )
-            for state in states
-        ]
-        system, known = detect_published(states, path)
+        for state in states:
+            state.pop("bert.embeddings.position_ids", None)
+        states = [published.unwrap_inside(state) for state in states]
+        system, known = published.detect(states, stored, path)
         states = system.rename(states)
         if system.counts_epochs and "run" not in checkpoint:
             checkpoint["epoch"] = checkpoint.get("epoch", 0) - 1  # Q39
     checkpoint["model"] = states
     filled = options.defaults(system.name)
-    for name in filled.keys() & stored.keys():
-        if isinstance(stored[name], str) != isinstance(filled[name], str):
-            raise InputError(
-                f"{path}: its option {name} is {stored[name]!r}, expected such as {filled[name]!r}"
-            )
+    stored = published.fit_options(stored, filled, options.model_options(), path)
     config = stored.get("bert_config", dict.fromkeys(CONFIG, 0))
     if (
         not isinstance(config, dict)
@@ -176,32 +171,6 @@ def load(path: str, device: str | torch.device = "cpu") -> dict:
     return checkpoint
 
 
-def detect_published(states: list[dict], path: str) -> tuple[System, dict]:
-    """The system that a published checkpoint's weights belong to, and the options they tell."""
-    image, text = (states + [{}, {}])[:2]
-    if (
-        not {"fc.weight", "fc.weight_v"} & image.keys()
-        or not {"embed.weight", PIECES} & text.keys()
-    ):
-        raise InputError(
-            f"{path}: not a checkpoint of this family: expected weights named fc.weight and "
-            "embed.weight in the first two state dicts"
-        )
-    system = next((x for x in systems.SYSTEMS.values() if x.detect(states)), None)
-    if system is None:
-        raise InputError(
-            f"{path}: its {len(states)} state dicts are those of no published system: "
-            f"{', '.join(systems.SYSTEMS)}"
-        )
-    try:
-        return system, system.architecture(system.rename(states))
-    except (KeyError, ValueError, IndexError) as error:
-        raise InputError(
-            f"{path}: a checkpoint of {system.name} without all its weights, or with odd ones "
-            f"({type(error).__name__}: {error}); copy it again"
-        ) from None
-
-
 def word_rows(checkpoint: dict) -> int | None:
     """How many words (or pieces of words) the text encoder has rows for, if it is one of ours."""
     for state in checkpoint["model"]:
@@ -209,26 +178,6 @@ def word_rows(checkpoint: dict) -> int | None:
             if name in state:
                 return len(state[name])
     return None
-
-
-def check_contents(checkpoint: dict, path: str) -> None:
-    """Refuse everything but a published-style dict of state dicts and options."""
-    what = None
-    if not isinstance(checkpoint, dict) or not {"model", "opt"} <= checkpoint.keys():
-        what = "a dict with 'model' and 'opt'"
-    elif not isinstance(checkpoint["opt"], argparse.Namespace):
-        what = "'opt' to be an argparse.Namespace"
-    elif not isinstance(checkpoint["model"], (list, tuple)):
-        what = "'model' to be a list of state dicts"
-    elif not all(
-        isinstance(state, dict) and all(isinstance(x, torch.Tensor) for x in state.values())
-        for state in checkpoint["model"]
-    ):
-        what = "dicts of tensors in 'model'"
-    elif not isinstance(checkpoint.get("epoch", -1), numbers.Integral):
-        what = "'epoch' to be a number"
-    if what:
-        raise InputError(f"{path}: not a checkpoint of this family: expected {what}")
 
 
 def find_vocab(
@@ -255,8 +204,8 @@ def find_vocab(
     if own is None or vocab_path:
         here = os.path.dirname(os.path.abspath(__file__))
         places = [opt.vocab_path, os.path.join(here, opt.vocab_path)]
-        places = [os.fspath(vocab_path)] if vocab_path else places
-        files = [p if p.endswith(".json") else system.vocab_file(p, opt.data_name) for p in places]
+        places = [vocab_path] if vocab_path else places
+        files = [vocab_file(place, opt) for place in places]
         source = next((file for file in files if os.path.isfile(file)), files[0])
         vocab = system.vocabulary(deserialize_vocab(source), opt)
         if own is not None and own.mask in own.word2idx:  # once trained with --drop
@@ -272,6 +221,17 @@ def find_vocab(
             "give --vocab_path the folder of the vocabulary that the checkpoint came with"
         )
     return own or vocab
+
+
+def vocab_file(vocab_path: str | os.PathLike, opt: argparse.Namespace) -> str:
+    """The vocabulary file that a --vocab_path names: a folder, or the file, JSON or pickled.
+
+    In a folder it is that of the data set and the system of the options.
+    """
+    path = os.path.expanduser(vocab_path)
+    if not (os.path.isfile(path) or path.endswith((".json", ".pkl"))):
+        path = systems.of(opt).vocab_file(path, opt.data_name)
+    return existing_file(path)
 
 
 def find_pieces(
@@ -358,7 +318,8 @@ def prepare(directory: str, patterns: tuple[str, ...] = ()) -> None:
     os.makedirs(directory, exist_ok=True)
     with tempfile.TemporaryFile(dir=directory):
         pass
-    old = [path for pattern in patterns for path in glob.glob(os.path.join(directory, pattern))]
+    folder = glob.escape(directory)  # its name may hold [, * and ?
+    old = [path for pattern in patterns for path in glob.glob(os.path.join(folder, pattern))]
     if old:
         k = 1
         while os.path.exists(aside := os.path.join(directory, f"earlier_{k}")):

@@ -189,11 +189,13 @@ def test_other_systems_are_detected(tmp_path, states, system):
     ("name", "value"),
     [
         ("opt", None),
-        ("opt", {"embed_size": 16}),
+        ("opt", [("embed_size", 16)]),
+        ("opt", {1: 2}),
         ("model", []),
         ("model", [{}]),
         ("model", [{}, {}]),
         ("model", [torch.zeros(2), torch.zeros(2)]),
+        ("model", [{1: torch.zeros(2)}, {}]),
         ("model", [{"fc.weight": 1}, {"embed.weight": 2}]),
         ("epoch", "three"),
     ],
@@ -278,6 +280,34 @@ def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):
     assert len(os.listdir(folder)) == 2
     for name in ("checkpoint_0.pth.tar", "model_best.pth.tar"):
         assert torch.load(os.path.join(folder, name)) == {"x": 1}
+
+
+@pytest.mark.parametrize("name", ["lr[2e-4]", "what?", "a*b", "[!x]", "[", "x]y[", "**", "{a,b}"])
+def test_an_earlier_run_is_moved_aside_in_a_folder_of_any_name(tmp_path, name):
+    folder = tmp_path / name / "log"
+    (tmp_path / "lr2").mkdir()  # what a pattern would find instead
+    (tmp_path / "lr2" / "log.jsonl").write_text("of another run")
+    names = ["checkpoint_0.pth.tar", "events.out.tfevents.1", "log.jsonl"]
+    for k in (0, 1, 2):
+        ckpt.prepare(str(folder), ("*.pth.tar", "log.jsonl", "events.out.tfevents.*"))
+        assert not [x.name for x in folder.iterdir() if x.is_file()]
+        assert len(list(folder.iterdir())) == k
+        for file in names:
+            (folder / file).write_text(f"run {k}")
+    for k in (1, 2):
+        aside = folder / f"earlier_{k}"
+        assert sorted(x.name for x in aside.iterdir()) == names
+        assert {x.read_text() for x in aside.iterdir()} == {f"run {k - 1}"}
+    assert (tmp_path / "lr2" / "log.jsonl").read_text() == "of another run"
+
+
+def test_a_second_run_into_a_folder_with_brackets_loses_nothing(tiny):
+    where = {"model_name": "lr[2e-4]", "logger_name": "lr[2e-4]", "num_epochs": 1}
+    train.main(train_args(**where))
+    first = (tiny / "lr[2e-4]" / "checkpoint_0.pth.tar").read_bytes()
+    train.main(train_args(**where, seed=1))
+    assert (tiny / "lr[2e-4]" / "earlier_1" / "checkpoint_0.pth.tar").read_bytes() == first
+    assert (tiny / "lr[2e-4]" / "earlier_1" / "log.jsonl").is_file()
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda path: path.name)
