@@ -1,5 +1,7 @@
 """The drawn demo set is reproducible and well formed, and a bag of words does not solve it."""
 
+import hashlib
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from PIL import Image
 import vocab
 from data import PrecompDataset
 from util import demo_data
+from util.cli import InputError
 
 ROOT = Path(demo_data.__file__).parent.parent
 SMALL = ["--train", "12", "--dev", "6", "--test", "6"]
@@ -45,10 +48,80 @@ def test_layout_and_seed(tmp_path):
     assert (data.n_images, data.k, data.ids[0]) == (6, 5, "test_00000")
 
 
+def test_the_default_set_stays_as_it_is(tmp_path):
+    """Its captions and boxes do not depend on the machine, so their hashes are known."""
+    demo_data.main(["--out", str(tmp_path), *SMALL])
+    folder = tmp_path / "demo_precomp"
+    expected = {
+        "train_caps.txt": "6cdd9605540c61a9",
+        "train_ims_bbx.npy": "0db11e035fef735c",
+        "dev_caps.txt": "6922d60f927f121c",
+        "test_caps.txt": "61709b028f03750b",
+        "test_ims_bbx.npy": "840ef4b9e56f2625",
+        "test_ims_size.npy": "15c1f17a2843bdd4",
+    }
+    for name, start in expected.items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest()[:16] == start, name
+    assert not list(folder.glob("*_num_boxes.npy"))
+
+
+@pytest.mark.parametrize(("low", "high"), [(4, 36), (1, 3), (9, 9), (30, 50)])
+def test_adaptive_boxes(tmp_path, low, high):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        args = ["--out", str(tmp_path), "--name", name, "--seed", str(seed), *SMALL]
+        demo_data.main([*args, "--regions", str(low), str(high)])
+    first, again, other = (contents(tmp_path / name) for name in "abc")
+    assert first == again != other
+    drawn = set()
+    for split, n in (("train", 12), ("dev", 6), ("test", 6)):
+        stem = f"{tmp_path}/a/{split}"
+        counts = np.load(f"{stem}_num_boxes.npy")
+        assert counts.shape == (n,) and counts.dtype == np.int32
+        assert (counts >= low).all() and (counts <= high).all()
+        drawn |= set(counts.tolist())
+        there = np.arange(high) < counts[:, None]  # (n, high)
+        images, boxes = np.load(f"{stem}_ims.npy"), np.load(f"{stem}_ims_bbx.npy")
+        assert images.shape == (n, high, demo_data.DIM) and images.dtype == np.float16
+        assert boxes.shape == (n, high, 4)
+        np.testing.assert_array_equal(images.any(2), there)
+        np.testing.assert_array_equal(boxes.any(2), there)
+        assert (boxes[..., 2:] > boxes[..., :2])[there].all()
+        assert len(np.load(f"{stem}_ims_size.npy")) == n
+    assert len(drawn) > 1 or low == high
+
+
+def test_few_boxes_are_those_of_the_shapes_first():
+    rng = random.Random(0)
+    for _ in range(20):
+        shapes = demo_data.draw_shapes(rng)
+        pairs = len(shapes) * (len(shapes) - 1) // 2
+        for count in (1, len(shapes), len(shapes) + pairs, len(shapes) + pairs + 1):
+            boxes = demo_data.boxes_of(shapes, rng, count)
+            assert len(boxes) == count
+            shown = sum(
+                any(abs(x1 + x2 - 2 * s["x"]) + abs(y1 + y2 - 2 * s["y"]) < 1e-6 for s in shapes)
+                for x1, y1, x2, y2 in boxes
+                if x2 - x1 < 40
+            )
+            assert shown >= min(count, len(shapes))
+            assert ((0, 0, 128, 128) in boxes) == (count == len(shapes) + pairs + 1)
+
+
+def test_another_set_in_its_folder_leaves_no_counts(tmp_path):
+    demo_data.main(["--out", str(tmp_path), *SMALL, "--regions", "4", "6"])
+    assert len(list(tmp_path.glob("demo_precomp/*_num_boxes.npy"))) == 3
+    demo_data.main(["--out", str(tmp_path), *SMALL])
+    assert not list(tmp_path.glob("demo_precomp/*_num_boxes.npy"))
+
+
+@pytest.mark.parametrize(("low", "high"), [(9, 3), (0, 5), (-2, 4)])
+def test_impossible_numbers_of_regions(tmp_path, low, high):
+    with pytest.raises(InputError, match=f"--regions {low} {high}: expected"):
+        demo_data.main(["--out", str(tmp_path), "--regions", str(low), str(high)])
+
+
 def test_twins_need_more_than_a_bag_of_words():
     """A twin has the same kinds, colours and sizes, but two of them are exchanged."""
-    import random
-
     rng = random.Random(0)
     for _ in range(100):
         shapes, other = demo_data.draw_twins(rng)
@@ -59,8 +132,6 @@ def test_twins_need_more_than_a_bag_of_words():
 
 
 def test_captions_tell_the_truth():
-    import random
-
     rng = random.Random(1)
     a = {"kind": "box", "colour": "red", "size": "small", "x": 20, "y": 60}
     b = {"kind": "moon", "colour": "blue", "size": "large", "x": 100, "y": 64}

@@ -1,12 +1,15 @@
 """Make the demo set: drawn scenes, region features from their pixels, and English captions.
 
     python util/demo_data.py --out data     # writes data/demo_precomp/; one seed gives one set
+    python util/demo_data.py --regions 4 36 --name demo_adaptive_precomp
 
 A scene holds two to five shapes; each has a kind, a colour and a size. Every second scene is a twin
 of the one before it: two shapes have exchanged colours or places. The same words describe both
 scenes, so a bag of words cannot tell them apart. The regions are the boxes of the shapes, the boxes
 around pairs of shapes (they show relations), the whole image, and random windows as distractors, in
-random order.
+random order. Each scene has 24 regions. With --regions LOW HIGH their number is drawn for each
+scene, as extractors with adaptive boxes give them: the arrays have HIGH rows per scene, filled up
+with zeros, and {split}_num_boxes.npy holds the counts.
 """
 
 import argparse
@@ -182,8 +185,13 @@ def caption(shapes: list[dict], rng: random.Random) -> str:
     return text[0].upper() + text[1:] + " ."
 
 
-def boxes_of(shapes: list[dict], rng: random.Random) -> list[tuple[float, float, float, float]]:
-    """REGIONS boxes (x1, y1, x2, y2): shapes, pairs of shapes, the whole image, random windows."""
+def boxes_of(
+    shapes: list[dict], rng: random.Random, count: int = REGIONS
+) -> list[tuple[float, float, float, float]]:
+    """`count` boxes (x1, y1, x2, y2) in random order.
+
+    First come the shapes, then pairs of shapes, the whole image, and random windows.
+    """
     own = [
         (s["x"] - r, s["y"] - r, s["x"] + r, s["y"] + r)
         for s in shapes
@@ -194,8 +202,8 @@ def boxes_of(shapes: list[dict], rng: random.Random) -> list[tuple[float, float,
         for i, p in enumerate(own)
         for q in own[i + 1 :]
     ]
-    boxes = [*own, *pairs, (0, 0, CANVAS, CANVAS)]
-    while len(boxes) < REGIONS:
+    boxes = [*own, *pairs, (0, 0, CANVAS, CANVAS)][:count]
+    while len(boxes) < count:
         x, y = rng.uniform(0, CANVAS - 16), rng.uniform(0, CANVAS - 16)
         boxes.append((x, y, rng.uniform(x + 12, CANVAS), rng.uniform(y + 12, CANVAS)))
     rng.shuffle(boxes)
@@ -210,7 +218,7 @@ def encoder(seed: int = 0) -> np.ndarray:
 
 
 def encode_regions(picture, boxes: list, weights: np.ndarray) -> np.ndarray:
-    """Features (REGIONS, DIM) of the boxes: one random ReLU layer over two views of the pixels.
+    """Features (len(boxes), DIM) of the boxes: one random ReLU layer over two views of the pixels.
 
     One view is the box itself. The other is a window of fixed size around the centre of the box; it
     shows the size of the shape and its surroundings.
@@ -230,14 +238,22 @@ def encode_regions(picture, boxes: list, weights: np.ndarray) -> np.ndarray:
     return np.maximum(flat @ weights, 0)
 
 
-def make_split(folder: str, split: str, n: int, seed: int) -> None:
-    """Draw and write one split of n scenes."""
+def make_split(
+    folder: str, split: str, n: int, seed: int, regions: tuple[int, int] | None = None
+) -> None:
+    """Draw and write one split of n scenes, of REGIONS regions each.
+
+    With `regions`, the lowest and the highest number, a number is drawn for each scene;
+    `{split}_num_boxes.npy` (n,) holds these numbers, and the rows behind them are zeros.
+    """
     rng = random.Random(f"{seed} {split}")
     weights = encoder()
     pictures = os.path.join(folder, "pictures", split)
     os.makedirs(pictures, exist_ok=True)
-    features = np.zeros((n, REGIONS, DIM), np.float16)
-    boxes = np.zeros((n, REGIONS, 4), np.float32)
+    most = regions[1] if regions else REGIONS
+    features = np.zeros((n, most, DIM), np.float16)
+    boxes = np.zeros((n, most, 4), np.float32)
+    counts = np.full(n, REGIONS, np.int32)
     captions, scenes = [], []
     for i in progress(range(n), f"drawing {split}"):
         scenes = scenes or list(draw_twins(rng))
@@ -245,15 +261,22 @@ def make_split(folder: str, split: str, n: int, seed: int) -> None:
         backdrop = tuple(rng.randint(185, 250) for _ in range(3))
         picture = draw_scene(shapes, backdrop)
         picture.save(os.path.join(pictures, f"{split}_{i:05d}.png"))
-        found = boxes_of(shapes, rng)
-        boxes[i] = found
-        features[i] = encode_regions(picture, found, weights)
+        if regions:
+            counts[i] = rng.randint(*regions)
+        found = boxes_of(shapes, rng, counts[i])
+        boxes[i, : counts[i]] = found
+        features[i, : counts[i]] = encode_regions(picture, found, weights)
         captions += [caption(shapes, rng) for _ in range(5)]
     sizes = np.full(n, CANVAS, [("image_w", "<i8"), ("image_h", "<i8")])
     sizes["image_h"] = CANVAS
     np.save(os.path.join(folder, f"{split}_ims.npy"), features)
     np.save(os.path.join(folder, f"{split}_ims_bbx.npy"), boxes)
     np.save(os.path.join(folder, f"{split}_ims_size.npy"), sizes)
+    count_path = os.path.join(folder, f"{split}_num_boxes.npy")
+    if regions:
+        np.save(count_path, counts)
+    elif os.path.exists(count_path):  # of an older set in this folder
+        os.remove(count_path)
     for name, lines in (("caps", captions), ("ids", [f"{split}_{i:05d}" for i in range(n)])):
         with open(os.path.join(folder, f"{split}_{name}.txt"), "w", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines)
@@ -261,25 +284,38 @@ def make_split(folder: str, split: str, n: int, seed: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--out", default="data", help="the set is written to OUT/demo_precomp")
+    parser.add_argument(
+        "--out", default="data", type=os.path.expanduser, help="the set is written to OUT/NAME"
+    )
+    parser.add_argument("--name", default="demo_precomp", help="name of the set")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws another set")
     parser.add_argument("--train", type=int, default=SPLITS["train"], help="scenes to train on")
     parser.add_argument("--dev", type=int, default=SPLITS["dev"], help="scenes to validate on")
     parser.add_argument("--test", type=int, default=SPLITS["test"], help="scenes to test on")
+    parser.add_argument(
+        "--regions",
+        nargs=2,
+        type=int,
+        metavar=("LOW", "HIGH"),
+        help=f"draw each scene with LOW to HIGH regions; default: {REGIONS} each",
+    )
     opt = parser.parse_args(argv)
     try:
         import PIL  # noqa: F401
     except ImportError:
         raise InputError("drawing the demo set needs Pillow: pip install pillow") from None
-    folder = os.path.join(opt.out, "demo_precomp")
+    folder = os.path.join(opt.out, opt.name)
     if min(opt.train, opt.dev, opt.test) < 1:
         raise InputError("each split needs at least one scene")
+    if opt.regions and not 1 <= opt.regions[0] <= opt.regions[1]:
+        low, high = opt.regions
+        raise InputError(f"--regions {low} {high}: expected 1 or more, the lower number first")
     for split in SPLITS:
-        make_split(folder, split, getattr(opt, split), opt.seed)
+        make_split(folder, split, getattr(opt, split), opt.seed, opt.regions)
     print(
         f"{folder}: {', '.join(f'{getattr(opt, s)} {s}' for s in SPLITS)} scenes, 5 captions each"
     )
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, clean_up=True)
