@@ -8,7 +8,7 @@
     import evaluation
     evaluation.evalrank("runs/x/model_best.pth.tar", data_path="data", split="test")
 
-Shapes: N images, M = k N captions.
+Shapes: N images, M captions.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 import checkpoint as ckpt
 import systems
-from data import PrecompDataset, collate_fn
+from caption_images import USUAL
+from data import PrecompDataset
 from metrics import (  # noqa: F401  (people import i2t and t2i from here)
     METRICS,
     i2t,
@@ -33,87 +34,14 @@ from metrics import (  # noqa: F401  (people import i2t and t2i from here)
     retrieval_metrics,
     t2i,
 )
-from pairs import Encoding, length_groups
-from util.cli import InputError, progress, run
-from util.devices import pick_device, to_device
-from util.distributed import all_reduce_sum, process_group, rank, world_size
-from util.plain_pickle import load_objects
+from pairs import Encoding
+from score_files import check_target, mean_scores, read_mean, save_scores  # noqa: F401
+from scoring import encode_data, fold_parts, fold_slices, score_matrix  # noqa: F401
+from util.cli import InputError, run
+from util.devices import pick_device
+from util.distributed import all_reduce_sum, process_group, rank
 
-FOLDS = 5
-
-
-@torch.inference_mode()
-def encode_data(
-    model: nn.Module, dataset: PrecompDataset, batch_size: int = 128
-) -> tuple[Encoding, list[Encoding]]:
-    """Encode each image and each caption of a dataset once, on the model's device (Q6).
-
-    Returns the images, with N rows, and the captions as a list with one encoding per length, so
-    that there is no padding. Each encoding holds the positions of its captions as 'index'. With
-    several processes, each encodes all images, which is little work, and its share of the captions.
-    """
-    model.eval()
-    device = next(model.parameters()).device
-
-    def encode(encoder, item, parts: list[Tensor]) -> Encoding:
-        encoded = []
-        for part in parts:
-            batch = collate_fn([item(number) for number in part.tolist()])
-            encoded.append(encoder(to_device(batch, device)))
-        return {name: torch.cat([x[name] for x in encoded]) for name in encoded[0]}
-
-    parts = progress(torch.arange(dataset.n_images).split(batch_size), "encoding images")
-    images = encode(model.encode_images, dataset.image_item, parts)
-
-    captions, dealt = [], 0
-    groups = list(length_groups(dataset.lengths[: dataset.n_captions]))
-    for _, where in progress(groups, "encoding captions"):
-        parts = where.split(batch_size)
-        # The batches are dealt out in turn, so that each process gets captions of all lengths.
-        mine = parts[(rank() - dealt) % world_size() :: world_size()]
-        dealt += len(parts)
-        if mine:
-            encoding = encode(model.encode_captions, dataset.caption_item, mine)
-            captions.append(encoding | {"index": torch.cat(mine)})
-    return images, captions
-
-
-@torch.inference_mode()
-def score_matrix(
-    model: nn.Module,
-    images: Encoding,
-    captions: list[Encoding],
-    folds: int = 1,
-    n_captions: int | None = None,
-) -> np.ndarray:
-    """Scores (N, M), float32, of all encoded images and captions.
-
-    With `folds` > 1, only the pairs within each of `folds` equal parts are scored; the other scores
-    are 0. The scores of captions that another process holds are 0 too; `n_captions`, M, counts
-    these captions as well.
-    """
-    n_images = len(next(iter(images.values())))
-    n_captions = n_captions or sum(len(group["index"]) for group in captions)
-    scores = np.zeros((n_images, n_captions), dtype=np.float32)
-    for fold in range(folds):
-        rows, columns = fold_slices(n_images, n_captions, fold, folds)
-        of_fold = {name: x[rows] for name, x in images.items()}
-        for group in progress(captions, "scoring"):
-            mask = (group["index"] >= columns.start) & (group["index"] < columns.stop)  # (c,)
-            if not mask.any():
-                continue
-            index = group["index"][mask]
-            chosen = {name: x[mask.to(x.device)] for name, x in group.items() if name != "index"}
-            block = model.similarity(of_fold, chosen)  # (n, c)
-            scores[rows, index.numpy()] = block.cpu().numpy()
-    return scores
-
-
-def fold_slices(n_images: int, n_captions: int, fold: int, folds: int) -> tuple[slice, slice]:
-    """Slices of images and captions for one of `folds` equal parts (published: 1,000 of 5,000)."""
-    n = min(n_images, n_captions)
-    first, last = fold * n // folds, (fold + 1) * n // folds
-    return tuple(slice(total // n * first, total // n * last) for total in (n_images, n_captions))
+FOLDS, PUBLISHED_FOLD = 5, 1000  # COCO 1K: five folds of 1,000 images of testall
 
 
 def encode_split(
@@ -125,13 +53,18 @@ def encode_split(
     batch_size: int | None,
     folds: int = 1,
     published: dict | None = None,
+    data_name: str | None = None,
+    keep_empty_regions: bool = False,
 ) -> tuple[nn.Module, PrecompDataset, Encoding, list[Encoding]]:
     """Load a checkpoint, and encode a split with its model; see evalrank and encode_data."""
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size {batch_size}: expected at least 1")
+    print(f"Checkpoint: {model_path}")
     model, vocab, opt = ckpt.load_model(model_path, vocab_path, device)
+    opt.keep_empty_regions |= keep_empty_regions
     print("Loading dataset")
-    folder = systems.of(opt).find_data(data_path or opt.data_path, opt.data_name)
+    folder = systems.of(opt).find_data(data_path or opt.data_path, data_name or opt.data_name)
+    print(f"Split: {split} of {folder}")
     dataset = systems.open_split(folder, split, vocab, opt, published)
     fewest = min(dataset.n_images, dataset.n_captions)
     if folds > fewest:
@@ -140,8 +73,27 @@ def encode_split(
         )
     print("Computing results...")
     images, captions = encode_data(model, dataset, batch_size or opt.batch_size)
-    print(f"Images: {dataset.n_images}, Captions: {dataset.n_captions}")
+    print_counts((dataset.n_images, dataset.n_captions), rank_by(dataset))
     return model, dataset, images, captions
+
+
+def rank_by(dataset: PrecompDataset) -> Tensor | None:
+    """The image of each caption (M,), for metrics.py; None if captions have several images."""
+    return dataset.image_of if dataset.candidates == 1 else None
+
+
+def print_counts(shape: tuple[int, int], image_of: Sequence[int] | None) -> None:
+    """Print what is ranked: images, captions, captions per image."""
+    n_images, n_captions = shape
+    print(f"Images: {n_images}, Captions: {n_captions}")
+    if n_images > n_captions:
+        print(f"Images per caption: {n_images // n_captions}")
+        return
+    least = most = n_captions // n_images
+    if image_of is not None:
+        counts = np.bincount(np.asarray(image_of))
+        least, most = counts.min(), counts.max()
+    print(f"Captions per image: {least if least == most else f'{least} to {most}'}")
 
 
 def split_scores(
@@ -153,7 +105,8 @@ def split_scores(
 ) -> np.ndarray:
     """The score matrix (N, M) of an encoded split, summed over all processes."""
     start = time.time()
-    scores = score_matrix(model, images, captions, folds, dataset.n_captions)
+    of = rank_by(dataset)
+    scores = score_matrix(model, images, captions, folds, dataset.n_captions, of)
     all_reduce_sum(torch.from_numpy(scores))
     print(f"calculate similarity time: {time.time() - start:.1f}")
     return scores
@@ -169,78 +122,72 @@ def evalrank(
     device: str | torch.device | None = None,
     batch_size: int | None = None,
     published_boxes: bool = False,
+    data_name: str | None = None,
+    keep_empty_regions: bool = False,
 ) -> dict:
     """Evaluate a checkpoint, or the mean score of several (Q40), and print the published lines.
 
-    `data_path` holds the folder `data_name` of the checkpoint's options; by default it is the
-    `data_path` of these options. With `fold5`, the metrics are means over five equal parts of the
-    split (COCO 1K, if it is testall), and 'folds' holds the metrics of each part (Q1). Without it,
-    testall gives COCO 5K. `save_path` is a .npy file for the score matrix (n_images, n_captions),
-    float32, complete even with fold5. `batch_size` only bounds the memory of the encoders.
+    `data_path` holds the folder `data_name`; by default both are those of the checkpoint's options.
+    With `fold5`, the metrics are means over five equal parts of the split (COCO 1K, if it is
+    testall), and 'folds' holds the metrics of each part (Q1). Without it, testall gives COCO 5K.
+    `save_path` is a .npy file for the score matrix (n_images, n_captions), float32, complete even
+    with fold5; see score_files.py. `batch_size` only bounds the memory of the encoders.
     `published_boxes` is for GSMN: it scores with the boxes of the published evaluation, to compare
     with its figures. These boxes are divided until they are almost zero and, without fold5, are
-    those of other images (Q9).
+    those of other images (Q9). `keep_empty_regions` scores filling too: see PrecompDataset.
 
     Returns {'i2t': {'r1', 'r5', 'r10', 'medr', 'meanr'}, 't2i': {...}, 'ar', 'ari', 'rsum'}, with
     recalls in percent and ranks from 1. Raises FileNotFoundError or ValueError with the fault.
     """
     paths = [model_path] if isinstance(model_path, (str, os.PathLike)) else list(model_path)
+    where = data_path, split, vocab_path, pick_device(device), batch_size
+    more = {"data_name": data_name, "keep_empty_regions": keep_empty_regions}
+    scores, image_of = mean_of_models(paths, where, fold5, save_path, published_boxes, more)
+    return rank_and_print(scores, fold5, scores.shape[0] > scores.shape[1], image_of)
+
+
+def mean_of_models(
+    paths: Sequence[str],
+    where: tuple,
+    fold5: bool,
+    save_path: str | None,
+    published_boxes: bool,
+    more: dict,
+) -> tuple[np.ndarray, Tensor | None]:
+    """The mean scores (N, M) of checkpoints, saved to `save_path`, and the image of each caption.
+
+    `where` and `more` are arguments of encode_split; for the others see evalrank.
+    """
     if not paths:
         raise InputError("no checkpoint to evaluate")
-    if save_path and (
-        os.path.isdir(save_path) or not os.path.isdir(os.path.dirname(save_path) or ".")
-    ):
-        raise InputError(f"{save_path}: expected a file in an existing folder; nothing was scored")
-    for path in map(os.fspath, paths if published_boxes else []):
+    if save_path:
+        save_path = os.path.expanduser(save_path)
+        check_target(save_path)
+    paths = [os.path.expanduser(path) for path in paths]
+    for path in paths if published_boxes else []:
         system = systems.of(ckpt.load(path)["opt"])
         if system.published_dataset is None:
             raise InputError(f"{path}: a {system.name} model; published_boxes is for GSMN")
     published = {"fold5": fold5} if published_boxes else None
     folds = FOLDS if fold5 else 1
-    device = pick_device(device)
-    scores = None
-    for path in map(os.fspath, paths):
-        where = path, data_path, split, vocab_path, device, batch_size, folds
-        part = split_scores(*encode_split(*where, published), 1 if save_path else folds)
-        if scores is not None and part.shape != scores.shape:
+    scores = image_of = None
+    for path in paths:
+        encoded = encode_split(path, *where, folds, published, **more)
+        part, of = split_scores(*encoded, 1 if save_path else folds), rank_by(encoded[1])
+        if scores is not None and (part.shape != scores.shape or not same(of, image_of)):
             raise InputError(
                 f"{path}: scores {part.shape} images x captions, the models before it "
                 f"{scores.shape}; an ensemble needs one dataset"
             )
-        scores = part if scores is None else scores + part
+        scores, image_of = part if scores is None else scores + part, of
     scores /= len(paths)
     if save_path and rank() == 0:
-        with open(save_path, "wb") as file:  # np.save would append .npy to any other name
-            np.save(file, scores)
-    # More images than captions: several candidate images per caption; see WholeDataset.
-    return rank_and_print(scores, fold5, scores.shape[0] > scores.shape[1])
+        save_scores(save_path, scores, image_of)
+    return scores, image_of
 
 
-def mean_scores(paths: str | Sequence[str]) -> np.ndarray:
-    """The mean of saved score matrices (images, captions).
-
-    The files are those that evalrank writes to `save_path`, or those that the published programs
-    dumped. Raises FileNotFoundError or ValueError that names the file that does not fit.
-    """
-    paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    scores = None
-    for path in map(os.fspath, paths):
-        part = load_objects(path)
-        if part.dtype == object and part.shape == ():  # CHAN's: {'npts': images, 'sims': scores}
-            whole = part.item()
-            part = np.asarray(whole.get("sims") if isinstance(whole, dict) else None)
-        if part.ndim != 2 or part.dtype.kind != "f" or 0 in part.shape:
-            raise InputError(
-                f"{path}: {part.dtype} of shape {part.shape}, expected scores (images, captions)"
-            )
-        if scores is not None and part.shape != scores.shape:
-            raise InputError(
-                f"{path}: scores {part.shape} images x captions, the files before it {scores.shape}"
-            )
-        scores = part.astype(np.float64) if scores is None else scores + part
-    if scores is None:
-        raise InputError("no score matrix to evaluate")
-    return scores / len(paths)
+def same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 def eval_ensemble(
@@ -248,29 +195,48 @@ def eval_ensemble(
 ) -> dict:
     """Rank by the mean of saved score matrices, and print the published lines.
 
-    See mean_scores for the files, and retrieval_metrics for `candidates`. Returns the same dict as
-    evalrank.
+    See score_files.py for the files, and retrieval_metrics for `candidates`. Returns the same dict
+    as evalrank.
     """
-    scores = mean_scores(paths)
+    scores, image_of = read_mean(paths)
     if fold5 and min(scores.shape) < FOLDS:
         raise InputError(f"scores of shape {scores.shape}, too few for five folds")
-    return rank_and_print(scores, fold5, candidates)
+    for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+        print(f"Scores: {path}")
+    print_counts(scores.shape, image_of)
+    return rank_and_print(scores, fold5, candidates, image_of)
 
 
-def rank_and_print(scores: np.ndarray, fold5: bool, candidates: bool) -> dict:
-    """Print and return the metrics of a score matrix, or their means over five parts of it."""
+def rank_and_print(
+    scores: np.ndarray,
+    fold5: bool,
+    candidates: bool,
+    image_of: Sequence[int] | None = None,
+) -> dict:
+    """Print and return the metrics of scores (N, M), or their means over five parts of them.
+
+    `image_of` (M,) is the image of each caption; None: they stand image by image.
+    """
     if not fold5:
-        metrics = retrieval_metrics(scores, candidates)
+        metrics = retrieval_metrics(scores, candidates, image_of)
         print_metrics(metrics)
         return metrics
 
     results = []
     for fold in range(FOLDS):
-        metrics = retrieval_metrics(scores[fold_slices(*scores.shape, fold, FOLDS)], candidates)
+        rows, columns, of = fold_parts(scores.shape, fold, FOLDS, image_of)
+        metrics = retrieval_metrics(scores[rows][:, columns.numpy()], candidates, of)
         print(f"Image to text: {numbers(metrics['i2t'], ', ')}")
         print(f"Text to image: {numbers(metrics['t2i'], ', ')}")
         print(f"rsum: {metrics['rsum']:.1f} ar: {metrics['ar']:.1f} ari: {metrics['ari']:.1f}")
         results.append(metrics)
+    n = len(scores) // FOLDS
+    print(f"Five folds of {n:,} images each")
+    if n != PUBLISHED_FOLD:
+        print(
+            f"notice: this is not the published protocol (COCO 1K), whose folds are "
+            f"{PUBLISHED_FOLD:,} images of testall: recalls among {n:,} images do not compare"
+        )
     print("-----------------------------------")
     print("Mean metrics: ")
     metrics = mean_metrics(results)
@@ -278,7 +244,7 @@ def rank_and_print(scores: np.ndarray, fold5: bool, candidates: bool) -> dict:
     return metrics | {"folds": results}
 
 
-def main(argv: list[str] | None = None) -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Recall@K of a checkpoint, or of the mean score of several.", allow_abbrev=False
     )
@@ -288,9 +254,14 @@ def main(argv: list[str] | None = None) -> None:
         help="a model, the models of an ensemble, or saved score matrices (.npy)",
     )
     parser.add_argument("--data_path", help="folder that holds the data; default: as in training")
+    parser.add_argument(
+        "--data_name", help="another data set than that of the training, e.g. coco_precomp"
+    )
     parser.add_argument("--split", default="test", help="dev | test (default) | testall")
     parser.add_argument("--fold5", action="store_true", help="mean over five parts (COCO 1K)")
-    parser.add_argument("--vocab_path", help="folder of the vocabulary; default: as in training")
+    parser.add_argument(
+        "--vocab_path", help="folder of the vocabulary, or its file; default: as in training"
+    )
     parser.add_argument("--save_path", help="write the score matrix here (.npy)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--batch_size", type=int, help="for the encoders; default: as in training")
@@ -300,31 +271,69 @@ def main(argv: list[str] | None = None) -> None:
         help="GSMN: score with the boxes of the published evaluation, to compare with its figures",
     )
     parser.add_argument(
+        "--keep_empty_regions",
+        action="store_true",
+        help="score the regions that only fill up an image, as the published programs do",
+    )
+    parser.add_argument(
         "--paper",
         type=float,
         nargs=6,
         metavar="R",
         help="a paper's six recalls, to print above those of the checkpoint",
     )
-    opt = vars(parser.parse_args(argv))
-    paper = opt.pop("paper")
-    matrices = [path.endswith(".npy") for path in opt["checkpoint"]]
+    parser.add_argument(
+        "--paper_images",
+        type=int,
+        metavar="N",
+        help="images among which the paper ranks, with 5 captions each; where others are ranked, "
+        "--paper is not printed",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser()
+    opt = parser.parse_args(argv)
+    matrices = [path.endswith(".npy") for path in opt.checkpoint]
     if any(matrices):
-        given = {n for n, x in opt.items() if x != parser.get_default(n)} - {"checkpoint", "fold5"}
-        if not all(matrices) or given:
+        given = {n for n, x in vars(opt).items() if x != parser.get_default(n)}
+        if not all(matrices) or given - {"checkpoint", "fold5", "paper", "paper_images"}:
             parser.error(
-                "score matrices (.npy) cannot be mixed with checkpoints, and take only --fold5 "
-                "and --paper"
+                "score matrices (.npy) cannot be mixed with checkpoints, and take only --fold5, "
+                "--paper and --paper_images"
             )
-        metrics = eval_ensemble(opt["checkpoint"], opt["fold5"])
-        if paper:
-            print_beside_paper(metrics, paper)
+        metrics = eval_ensemble(opt.checkpoint, opt.fold5)
+        print_paper(metrics, opt, read_mean(opt.checkpoint)[0].shape)
         return
-    opt["device"] = pick_device(opt["device"])
-    with process_group(opt["device"]):
-        metrics = evalrank(opt.pop("checkpoint"), **opt)
-        if paper:
-            print_beside_paper(metrics, paper)
+    opt.device = pick_device(opt.device)
+    with process_group(opt.device):
+        where = opt.data_path, opt.split, opt.vocab_path, opt.device, opt.batch_size
+        more = {"data_name": opt.data_name, "keep_empty_regions": opt.keep_empty_regions}
+        how = opt.fold5, opt.save_path, opt.published_boxes
+        scores, image_of = mean_of_models(opt.checkpoint, where, *how, more)
+        metrics = rank_and_print(scores, opt.fold5, len(scores) > scores.shape[1], image_of)
+        print_paper(metrics, opt, scores.shape)
+
+
+def print_paper(metrics: dict, opt: argparse.Namespace, shape: tuple[int, int]) -> None:
+    """Print the recalls of --paper beside ours, if both rank among as many images and captions."""
+    n, m = (total // (FOLDS if opt.fold5 else 1) for total in shape)
+    images, has = opt.paper_images, "has folds of" if opt.fold5 else "has"
+    if not opt.paper:
+        return
+    if images not in (None, n):
+        print(
+            f"The paper's row is not printed: it ranks among {images:,} images, this split {has} "
+            f"{n:,}"
+        )
+    elif images and m != USUAL * images:
+        print(
+            f"The paper's row is not printed: it ranks {USUAL} captions per image, this split "
+            f"{has} {m:,} captions of {n:,} images"
+        )
+    else:
+        print_beside_paper(metrics, opt.paper)
 
 
 if __name__ == "__main__":

@@ -9,35 +9,38 @@ Most captions suit more images than the one they were written for. For ECCV Capt
 ECCV 2022, arXiv:2204.03359) and Crisscrossed Captions, CxC (Parekh et al., EACL 2021,
 arXiv:2004.15020), people judged the other matches. Plausible Match, PMRP (Chun et al., CVPR 2021,
 arXiv:2101.05068) derives them from object classes. The package eccv_caption holds the first two.
-Shapes: N images, M = k N captions.
+Shapes: N images, M captions.
 """
 
 import argparse
 import contextlib
 import io
-import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import checkpoint as ckpt
 import evaluation
 import systems
+from cxc import CXC, KS, cxc_intra, read_cxc
 from data import PrecompDataset
-from pairs import Encoding
+from util.arguments import FOLDER
 from util.cli import InputError, progress, run
-from util.coco_ids import as_ids, check_ids, read_ids, read_pair_of_ids  # noqa: F401
+from util.coco_ids import (  # noqa: F401
+    as_ids,
+    check_ids,
+    pairs_of_ids,
+    read_ids,
+    read_pair_of_ids,
+)
 from util.devices import pick_device
 
-KS = (1, 5, 10)
 PLAUSIBLE = "pm_image_to_caption.json", "pm_caption_to_image.json"
-# CxC within one modality: the file, and the least mean mark (0 to 5) of two items that are alike.
-CXC = {"i2i": ("cxc_i2i.json", 2.5), "t2t": ("cxc_t2t.json", 3.0)}
 
 
 def package(extra_path: str | None = None):
@@ -83,18 +86,19 @@ def coco_metrics(
     caption_ids: Sequence[int],
     extra_path: str | None = None,
     judge=None,
+    image_of: Sequence[int] | None = None,
 ) -> dict[str, dict[str, float]]:
     """The metrics of eccv_caption, in percent, for scores (N, M) of COCO's 5,000 test images.
 
     `image_ids` holds one id per image (N,) or per caption (M,); `caption_ids` holds one id per
-    caption (M,), image by image. Returns {'eccv_map_at_r': {'i2t', 't2i'}, 'eccv_rprecision',
-    'eccv_r1', 'cxc_r1', 'cxc_r5', 'cxc_r10'}, and 'pmrp' if `extra_path` holds its two files.
-    `judge` is the result of package(extra_path), if it was read before. Raises InputError on other
-    ids and on NaN.
+    caption (M,); `image_of` (M,) the image of each caption, None: image by image. Returns
+    {'eccv_map_at_r': {'i2t', 't2i'}, 'eccv_rprecision', 'eccv_r1', 'cxc_r1', 'cxc_r5', 'cxc_r10'},
+    and 'pmrp' if `extra_path` holds its two files. `judge` is the result of package(extra_path), if
+    it was read before. Raises InputError on other ids and on NaN.
     """
     judge = judge or package(extra_path)
     image_ids, caption_ids = as_ids(image_ids, caption_ids)
-    check_ids(image_ids, caption_ids, judge)
+    check_ids(image_ids, caption_ids, judge, image_of)
     if np.shape(scores) != (len(image_ids), len(caption_ids)):
         raise InputError(
             f"scores of shape {np.shape(scores)}, but ids of {len(image_ids)} images and "
@@ -137,107 +141,6 @@ def write_ids(folder: str | os.PathLike) -> None:
         print(f"{Path(folder) / name}: {len(ids)} ids, in Karpathy's order, as packed for SCAN")
 
 
-def image_rows(model: nn.Module, images: Encoding) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield positions (n,) of images and their scores (n, N) with all; regions act as words."""
-    regions = images["regions"]  # (N, R, D)
-    lengths = torch.full((len(regions),), regions.size(1))  # (N,)
-    captions = {"words": regions, "lengths": lengths}
-    for index in progress(torch.arange(len(regions)).split(64), "image with image"):
-        some = {"regions": regions[index.to(regions.device)]}  # (n, R, D)
-        yield index, model.similarity(some, captions).cpu()  # (n, N)
-
-
-def caption_rows(model: nn.Module, captions: list[Encoding]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield positions (n,) of captions and their scores (n, M) with all; words act as regions."""
-    total = sum(len(group["index"]) for group in captions)
-    parts = [
-        (group, some) for group in captions for some in torch.arange(len(group["index"])).split(64)
-    ]
-    for queries, some in progress(parts, "caption with caption"):
-        images = {"regions": queries["words"][some.to(queries["words"].device)]}  # (n, W, D)
-        scores = torch.empty(len(some), total)  # (n, M)
-        for group in captions:
-            scores[:, group["index"]] = model.similarity(images, group).cpu()
-        yield queries["index"][some], scores
-
-
-def intra_recalls(
-    rows: Iterable[tuple[Tensor, Tensor]], positives: list[list[int]]
-) -> dict[str, float]:
-    """R@K, in percent, of items among the other items of their own kind.
-
-    `rows` yields the positions (n,) of some items and their scores (n, N) with all items.
-    `positives` holds, for each item, the positions of the items that are like it; an item without
-    any does not count. A wrong item with the same score ranks first.
-    """
-    ranks = []
-    for index, scores in rows:
-        scores[torch.arange(len(index)), index] = -torch.inf
-        for item, row in zip(index.tolist(), scores, strict=True):
-            if positives[item]:
-                own = row[positives[item]]
-                ranks.append(int((row >= own.max()).sum() - (own >= own.max()).sum()))
-    return {f"r{k}": 100 * float(np.mean(np.array(ranks) < k)) for k in KS}
-
-
-def read_alike(path: str, ids: Sequence[int], least: float, k: int = 0) -> list[list[int]]:
-    """For each id, the positions of the items that people marked `least` or more with it.
-
-    With `k`, the number of captions per image, the other captions of its image are added. The file
-    holds {id: [[id, mark], ...]}.
-    """
-    try:
-        marks = json.loads(Path(path).read_text(encoding="utf-8"))
-        alike = {
-            int(key): [int(x) for x, mark in pairs if mark >= least] for key, pairs in marks.items()
-        }
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: expected {{id: [[id, mark], ...]}} ({error})") from None
-    place = {x: position for position, x in enumerate(ids)}
-    positives = []
-    for position, x in enumerate(ids):
-        own = range(position // k * k, (position // k + 1) * k) if k else ()
-        some = [*own, *(place[y] for y in alike.get(x, []) if y in place)]
-        positives.append(sorted(set(some) - {position}))
-    if not any(positives):
-        raise InputError(f"{path}: none of its ids is among the {len(ids)} of the split")
-    return positives
-
-
-def read_cxc(
-    folder: str, image_ids: Sequence[int], caption_ids: Sequence[int]
-) -> dict[str, list[list[int]]]:
-    """The positives of each item, for 'i2i' and 't2t' if the folder holds their annotations.
-
-    Two images are alike if their mark is at least 2.5. Two captions are alike if their mark is at
-    least 3, or if they describe the same image.
-    """
-    alike = {}
-    for way, ids in (("i2i", image_ids), ("t2t", caption_ids)):
-        name, least = CXC[way]
-        path = os.path.join(folder, name)
-        if os.path.isfile(path):
-            own = len(caption_ids) // len(image_ids) if way == "t2t" else 0
-            alike[way] = read_alike(path, ids, least, own)
-    return alike
-
-
-@torch.inference_mode()
-def cxc_intra(
-    model: nn.Module,
-    images: Encoding,
-    captions: list[Encoding],
-    alike: dict[str, list[list[int]]],
-) -> dict[str, dict[str, float]]:
-    """CxC's {'i2i': {'r1', 'r5', 'r10'}, 't2t': ...}, for the keys of `alike` (see read_cxc).
-
-    The published evaluation of these figures calls a function that does not fit (Q35). Its intent
-    is this: the regions of an image are scored as words, the words of a caption as regions.
-    """
-    rows = {"i2i": lambda: image_rows(model, images), "t2t": lambda: caption_rows(model, captions)}
-    return {way: intra_recalls(rows[way](), positives) for way, positives in alike.items()}
-
-
 def evaluate(
     paths: str | Sequence[str],
     data_path: str | None = None,
@@ -247,6 +150,7 @@ def evaluate(
     vocab_path: str | None = None,
     device: str | torch.device | None = None,
     batch_size: int | None = None,
+    data_name: str | None = None,
 ) -> dict:
     """Print and return all figures of checkpoints, or of saved score matrices, by their mean score.
 
@@ -257,7 +161,7 @@ def evaluate(
     FileNotFoundError or ValueError with the fault.
     """
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    paths = [os.fspath(path) for path in paths]
+    paths = [os.path.expanduser(path) for path in paths]
     matrices = [path.endswith(".npy") for path in paths]
     if not paths or any(matrices) != all(matrices):
         raise InputError("expected checkpoints, or score matrices (.npy), not both")
@@ -266,37 +170,50 @@ def evaluate(
     opt = None if matrices[0] else ckpt.load(paths[0])["opt"]
     folder = ids_path
     if not ids_path:
-        folder = systems.of(opt).find_data(data_path or opt.data_path, opt.data_name)
+        name = data_name or opt.data_name
+        folder = systems.of(opt).find_data(data_path or opt.data_path, name)
     # Report faults of the files before hours of scoring.
     ids = read_pair_of_ids(folder, split)
     judge = package(extra_path or folder)
-    check_ids(*ids, judge)
-    alike = read_cxc(extra_path or folder, *ids)
+    check_ids(*ids, judge, pairs_of_ids(folder, split))
     if matrices[0]:
-        scores = evaluation.mean_scores(paths)
+        scores, image_of = evaluation.read_mean(paths)
+        print(f"Scores: {', '.join(paths)}")
+        evaluation.print_counts(scores.shape, image_of)
     else:
-        scores = 0
-        for path in paths:
-            encoded = evaluation.encode_split(
-                path, data_path, split, vocab_path, pick_device(device), batch_size
-            )
-            model, dataset, images, captions = encoded
-            check_sizes(dataset, ids, path)
-            scores = scores + evaluation.split_scores(*encoded) / len(paths)
-    metrics = coco_metrics(scores, *ids, judge=judge)
+        where = data_path, split, vocab_path, pick_device(device), batch_size
+        scores, image_of, encoded = score_models(paths, where, data_name, ids)
+    alike = read_cxc(extra_path or folder, *ids, image_of)
+    metrics = coco_metrics(scores, *ids, judge=judge, image_of=image_of)
     print("COCO 5K")
-    metrics["coco_5k"] = evaluation.rank_and_print(scores, False, False)
+    metrics["coco_5k"] = evaluation.rank_and_print(scores, False, False, image_of)
     print("COCO 1K")
-    metrics["coco_1k"] = evaluation.rank_and_print(scores, True, False)
+    metrics["coco_1k"] = evaluation.rank_and_print(scores, True, False, image_of)
     print_coco(metrics)
     if alike and len(paths) == 1 and not matrices[0]:
         if systems.of(opt).interchangeable:
-            metrics["cxc"] = cxc_intra(model, images, captions, alike)
+            metrics["cxc"] = cxc_intra(*encoded, alike)
         else:
             print("CxC i2i, t2t: not available for this model, which reads more than both kinds")
         for way, recalls in metrics.get("cxc", {}).items():
             print(f"CxC {way} R@1 / 5 / 10: {' / '.join(f'{x:.1f}' for x in recalls.values())}")
     return metrics
+
+
+def score_models(
+    paths: list[str], where: tuple, data_name: str | None, ids: tuple[list[int], list[int]]
+) -> tuple[np.ndarray, Tensor | None, tuple]:
+    """The mean scores of checkpoints, the image of each caption, and the last model's encodings.
+
+    `where` are arguments of encode_split, `ids` those of the split's images and captions.
+    """
+    scores = 0
+    for path in paths:
+        encoded = evaluation.encode_split(path, *where, data_name=data_name)
+        model, dataset, images, captions = encoded
+        check_sizes(dataset, ids, path)
+        scores = scores + evaluation.split_scores(*encoded) / len(paths)
+    return scores, evaluation.rank_by(dataset), (model, images, captions)
 
 
 def check_sizes(dataset: PrecompDataset, ids: tuple[list[int], list[int]], path: str) -> None:
@@ -331,15 +248,18 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("paths", nargs="*", help="checkpoints, or score matrices (.npy)")
     parser.add_argument("--data_path", help="folder that holds the data; default: as in training")
+    parser.add_argument("--data_name", help="another data set than that of the training")
     parser.add_argument("--split", default="testall", help="default: testall")
     parser.add_argument(
         "--ids",
         metavar="FOLDER",
+        type=FOLDER,
         help="folder of {split}_ids.txt and {split}_capids.txt; default: that of the data",
     )
     parser.add_argument(
         "--extra",
         metavar="FOLDER",
+        type=FOLDER,
         help=f"folder of {', '.join(name for name, _ in CXC.values())}, {', '.join(PLAUSIBLE)}; "
         "default: as --ids",
     )
@@ -349,6 +269,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--write_ids",
         metavar="FOLDER",
+        type=FOLDER,
         help="only write the ids of testall to this folder, in Karpathy's order",
     )
     opt = parser.parse_args(argv)
@@ -360,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
     if not opt.paths:
         parser.error("name a checkpoint, or score matrices (.npy)")
     where = opt.data_path, opt.split, opt.ids, opt.extra
-    evaluate(opt.paths, *where, opt.vocab_path, opt.device, opt.batch_size)
+    evaluate(opt.paths, *where, opt.vocab_path, opt.device, opt.batch_size, opt.data_name)
 
 
 if __name__ == "__main__":

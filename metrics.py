@@ -1,10 +1,12 @@
 """The ranks and recalls of one score matrix.
 
-Shapes: N images, M = k N captions, image by image. Ties count against the model: a wrong candidate
-with the same score ranks first (Q41).
+Shapes: N images, M captions. `image_of` (M,) holds the image of each caption, from 0. None: the
+captions stand image by image, M / N of each. Ties count against the model: a wrong candidate with
+the same score ranks first (Q41).
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,14 +17,11 @@ from util.cli import InputError
 METRICS = ("r1", "r5", "r10", "medr", "meanr")
 
 
-def _own(scores: np.ndarray) -> tuple[Tensor, Tensor]:
-    """The scores as a tensor (N, M), and those of each image with its own k captions (N, k)."""
+def _own(scores: np.ndarray, image_of: Sequence[int] | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The scores (N, M), the images of the captions (M,), and the captions' own scores (M,)."""
     scores = torch.as_tensor(np.asarray(scores))
-    if scores.ndim != 2 or not len(scores) or scores.shape[1] % len(scores):
-        raise InputError(
-            f"scores of shape {tuple(scores.shape)}: expected (images, captions) with the same "
-            "number of captions for each image"
-        )
+    if scores.ndim != 2 or not scores.numel():
+        raise InputError(f"scores of shape {tuple(scores.shape)}: expected (images, captions)")
     if not torch.isfinite(scores).all():  # Q17
         row, column = (~torch.isfinite(scores)).nonzero()[0].tolist()
         raise InputError(
@@ -30,7 +29,20 @@ def _own(scores: np.ndarray) -> tuple[Tensor, Tensor]:
             "(compared as a number it would count as perfect recall)"
         )
     n, m = scores.shape
-    return scores, scores.view(n, n, m // n).diagonal().mT
+    if image_of is None:
+        if m % n:
+            raise InputError(
+                f"scores of shape {tuple(scores.shape)}: expected (images, captions) with the same "
+                "number of captions for each image, or the image of each caption"
+            )
+        image_of = torch.arange(m) // (m // n)
+    image_of = torch.as_tensor(np.asarray(image_of)).long()  # (M,)
+    if image_of.shape != (m,) or not torch.equal(image_of.unique(), torch.arange(n)):
+        raise InputError(
+            f"{len(image_of)} captions of {len(image_of.unique())} images, but scores of shape "
+            f"{(n, m)}: expected the image, from 0, of each caption, and a caption for each image"
+        )
+    return scores, image_of, scores[image_of, torch.arange(m)]
 
 
 def _metrics(ranks: Tensor) -> dict[str, float]:
@@ -43,30 +55,34 @@ def _metrics(ranks: Tensor) -> dict[str, float]:
     }
 
 
-def i2t(scores: np.ndarray, return_ranks: bool = False):
+def i2t(scores: np.ndarray, return_ranks: bool = False, image_of: Sequence[int] | None = None):
     """Image to text: the rank of each image's best own caption among all captions.
 
-    scores (N, k N), captions image by image. Returns {'r1', 'r5', 'r10', 'medr', 'meanr'}, and with
-    `return_ranks` also (ranks (N,) from 0, top1 (N,) caption indices). Raises InputError on NaN.
+    scores (N, M). Returns {'r1', 'r5', 'r10', 'medr', 'meanr'}, and with `return_ranks` also (ranks
+    (N,) from 0, top1 (N,) caption indices). Raises InputError on NaN.
     """
-    scores, own = _own(scores)
-    best = own.amax(1, keepdim=True)  # (N, 1)
-    ranks = (scores >= best).sum(1) - (own >= best).sum(1)  # (N,)
+    scores, image_of, own = _own(scores, image_of)
+    best = own.new_full((len(scores),), -torch.inf).scatter_reduce(0, image_of, own, "amax")  # (N,)
+    equal = torch.zeros(len(scores), dtype=torch.long)  # own captions with that score
+    equal.index_add_(0, image_of, (own >= best[image_of]).long())  # (N,)
+    ranks = (scores >= best[:, None]).sum(1) - equal  # (N,)
     if return_ranks:
         return _metrics(ranks), (ranks.numpy(), scores.argmax(1).numpy())
     return _metrics(ranks)
 
 
-def t2i(scores: np.ndarray, return_ranks: bool = False):
+def t2i(scores: np.ndarray, return_ranks: bool = False, image_of: Sequence[int] | None = None):
     """Text to image: the rank of each caption's image among all images; see i2t."""
-    scores, own = _own(scores)
-    ranks = (scores >= own.reshape(1, -1)).sum(0) - 1  # (M,)
+    scores, _, own = _own(scores, image_of)
+    ranks = (scores >= own).sum(0) - 1  # (M,)
     if return_ranks:
         return _metrics(ranks), (ranks.numpy(), scores.argmax(0).numpy())
     return _metrics(ranks)
 
 
-def retrieval_metrics(scores: np.ndarray, candidates: bool = False) -> dict:
+def retrieval_metrics(
+    scores: np.ndarray, candidates: bool = False, image_of: Sequence[int] | None = None
+) -> dict:
     """Both directions, their mean recalls `ar` and `ari`, and `rsum`, the sum of the six recalls.
 
     With `candidates`, each caption has k images, and the scores are (k M, M). The rank of a caption
@@ -75,7 +91,7 @@ def retrieval_metrics(scores: np.ndarray, candidates: bool = False) -> dict:
     if candidates:  # images and captions exchange their roles
         ways = {"i2t": t2i(np.transpose(scores)), "t2i": i2t(np.transpose(scores))}
     else:
-        ways = {"i2t": i2t(scores), "t2i": t2i(scores)}
+        ways = {way: f(scores, image_of=image_of) for way, f in (("i2t", i2t), ("t2i", t2i))}
     recalls = {way: [m["r1"], m["r5"], m["r10"]] for way, m in ways.items()}
     return ways | {
         "ar": sum(recalls["i2t"]) / 3,

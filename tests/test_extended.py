@@ -236,6 +236,30 @@ def test_a_checkpoint_from_end_to_end(coco, system, capsys):
     assert two["coco_5k"] == got["coco_5k"] and "cxc" not in two
 
 
+def test_shuffled_captions_give_the_same_figures(coco):
+    """A row per caption, captions of an image in no order: all follows from the ids."""
+    folder, images, captions = coco
+    train.main(train_args(num_epochs=1))
+    write(folder, "cxc_t2t.json", [])
+    (folder / "cxc_t2t.json").write_text(json.dumps({str(captions[0]): [[captions[8], 3.5]]}))
+    want = extended.evaluate("run/model_best.pth.tar")
+    order = np.random.default_rng(4).permutation(75)
+    rows = np.load(folder / "testall_ims.npy")[order]
+    np.save(folder / "testall_ims.npy", rows)
+    lines = (folder / "testall_caps.txt").read_text().splitlines()
+    write(folder, "testall_caps.txt", [lines[k] for k in order])
+    write(folder, "testall_ids.txt", [f"COCO_val2014_{images[k // 5]:012}.jpg" for k in order])
+    write(folder, "testall_capids.txt", [captions[k] for k in order])
+    got = extended.evaluate("run/model_best.pth.tar")
+    del want["coco_1k"], got["coco_1k"]  # other folds
+    assert got == want and "t2t" in got["cxc"]
+    evaluation.evalrank("run/model_best.pth.tar", split="testall", save_path="s.npy")
+    again = extended.evaluate("s.npy", ids_path=str(folder))
+    assert {name: again[name] for name in got if name != "cxc"} == {
+        name: got[name] for name in got if name != "cxc"
+    }
+
+
 def test_a_model_whose_score_needs_more_has_no_intra_recalls(coco, capsys):
     folder, _, _ = coco
     for split in ("train", "dev", "testall"):

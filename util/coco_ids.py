@@ -3,8 +3,9 @@
 import os
 from collections.abc import Sequence
 
+from util.captions import read_lines
 from util.cli import InputError
-from vocab import read_captions
+from util.image_ids import id_key
 
 
 def as_ids(
@@ -15,13 +16,19 @@ def as_ids(
     return list(dict.fromkeys(images)) if len(images) == len(captions) else images, captions
 
 
-def check_ids(image_ids: Sequence[int], caption_ids: Sequence[int], judge) -> None:
+def check_ids(
+    image_ids: Sequence[int],
+    caption_ids: Sequence[int],
+    judge,
+    image_of: Sequence[int] | None = None,
+) -> None:
     """Raise InputError unless these are the ids of COCO's 5,000 test images and their captions.
 
-    `judge` is eccv_caption's Metrics. The captions must be ordered image by image.
+    `judge` is eccv_caption's Metrics. `image_of` is the image of each caption, from 0; None: they
+    stand image by image.
     """
     of_image = judge.coco_gts["t2i"]
-    if not len(image_ids) or len(caption_ids) % len(image_ids):
+    if not len(image_ids) or (image_of is None and len(caption_ids) % len(image_ids)):
         raise InputError(f"ids of {len(image_ids)} images and {len(caption_ids)} captions")
     missing = of_image.keys() - set(caption_ids)
     if missing or len(caption_ids) != len(of_image):
@@ -29,13 +36,15 @@ def check_ids(image_ids: Sequence[int], caption_ids: Sequence[int], judge) -> No
             f"{len(of_image) - len(missing)} of COCO's {len(of_image):,} test captions among "
             f"{len(caption_ids)}; these figures are of all of them, the split testall"
         )
-    k = len(caption_ids) // len(image_ids)
-    for row, caption in enumerate(caption_ids):
-        if image_ids[row // k] not in of_image[caption]:
+    if image_of is None:
+        k = len(caption_ids) // len(image_ids)
+        image_of = [row // k for row in range(len(caption_ids))]
+    for row, (caption, image) in enumerate(zip(caption_ids, image_of, strict=True)):
+        if image_ids[int(image)] not in of_image[caption]:
             raise InputError(
                 f"caption {row} (from 0) has id {caption}, which COCO wrote for image "
-                f"{of_image[caption][0]}, but its image here has id {image_ids[row // k]}: the ids "
-                "are in another order than the captions"
+                f"{of_image[caption][0]}, but its image here has id {image_ids[int(image)]}: the "
+                "ids are in another order than the captions"
             )
 
 
@@ -48,10 +57,11 @@ def read_ids(path: str | os.PathLike) -> list[int]:
             "both; for testall as packed for SCAN, `python extended.py --write_ids FOLDER` does"
         )
     ids = []
-    for row, line in enumerate(read_captions(path), 1):
-        if not line.isdecimal():
+    for row, line in enumerate(read_lines(path), 1):
+        number = id_key(line)
+        if not isinstance(number, int):
             raise InputError(f"{path}: line {row} is {line[:40]!r}, expected an id of COCO")
-        ids.append(int(line))
+        ids.append(number)
     return ids
 
 
@@ -62,3 +72,12 @@ def read_pair_of_ids(folder: str | os.PathLike, split: str) -> tuple[list[int], 
     """
     files = (os.path.join(folder, f"{split}_{name}.txt") for name in ("ids", "capids"))
     return as_ids(*map(read_ids, files))
+
+
+def pairs_of_ids(folder: str | os.PathLike, split: str) -> list[int] | None:
+    """The image of each caption (M,), if `{split}_ids.txt` has a line per caption, else None."""
+    ids, captions = (read_ids(os.path.join(folder, f"{split}_{x}.txt")) for x in ("ids", "capids"))
+    if len(ids) != len(captions):
+        return None
+    place = {name: image for image, name in enumerate(dict.fromkeys(ids))}
+    return [place[name] for name in ids]
