@@ -247,12 +247,13 @@ class CHAN(Encoders):
     def encode_images(self, batch: dict[str, Tensor]) -> Encoding:
         """batch['images'] (I, R, img_dim) -> {'regions': (I, R, D)}.
 
-        With batch['region_mask'] (I, R), the regions that --drop left, also 'region_mask'. The
-        dropped ones are zeros in 'images' and are never scored. The others attend to them, as
-        published, unless `mask_dropped`.  # Q13
+        With batch['region_mask'] (I, R), the regions that are scored, also 'region_mask'. Those
+        that --drop has dropped are zeros in 'images'. The others attend to them, as published,
+        unless `mask_dropped` (Q13). Nothing attends to batch['filling'] (I, R).
         """
-        mask = batch.get("region_mask")
-        ignored = ~mask if self.mask_dropped and mask is not None else None
+        ignored, mask = batch.get("filling"), batch.get("region_mask")  # (I, R)
+        if self.mask_dropped and mask is not None:
+            ignored = ~mask  # (I, R)
         return without_dropped(self.img_enc(batch["images"], ignored), batch)
 
     def similarity(self, images: Encoding, captions: Encoding) -> Tensor:

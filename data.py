@@ -1,7 +1,9 @@
 """Precomputed region features and captions, read lazily; batches; loaders.
 
 `DATA_PATH/DATA_NAME/` holds per split `{split}_ims.npy` (rows, R, F), `{split}_caps.txt` and,
-optionally, `{split}_ids.txt`. gsmn_data.py and pfan_data.py read what these papers need besides.
+optionally, `{split}_ids.txt` (caption_images.py reads which image a caption is of) and
+`{split}_num_boxes.npy` (rows,), how many of the R regions of a row are there; the others are
+filling. gsmn_data.py and pfan_data.py read what these papers need besides.
 
 Everything travels as tensors by name. A dataset gives items, `collate_fn` makes a batch of them,
 and the encoders make two encodings of the batch. These are all the names:
@@ -13,7 +15,8 @@ and the encoders make two encodings of the batch. These are all the names:
 | lengths         | both     | (B,)         | words of each caption; they stay on the host     |
 | index           | batch    | (B,)         | which caption it is                              |
 | image_index     | batch    | (B,)         | which image the pair shows                       |
-| region_mask     | both     | (B, R)       | True: the region is there; only if some are not  |
+| region_mask     | both     | (B, R)       | True: the region is scored; only if some are not |
+| filling         | batch    | (B, R)       | True: no region, only padding; only if some are  |
 | boxes           | batch    | (B, R, 4)    | GSMN: corners in parts of the image's size        |
 | adjacency       | both     | (B, W, W)    | GSMN, sparse: dependency pairs and the identity  |
 | blocks, overlap | batch    | (B, R, K)    | PFAN: block ids, and their parts of the overlap  |
@@ -22,62 +25,29 @@ and the encoders make two encodings of the batch. These are all the names:
 | words           | encoding | (B, W, D)    | encoded words, zeros beyond each length          |
 | sentence        | encoding | (B, D)       | PFAN, whole images: final state of the GRU       |
 | edges           | encoding | (B, R, K)    | GSMN: edges of the visual graph                  |
-| keys, norms     | encoding | (B, R, ...)  | GSMN, evaluation: see block_keys and block_norms |
 
 A batch holds images and captions of B pairs. In evaluation images and captions are encoded apart,
 I images and C captions. A new paper may add names of its own. Further letters: R regions, F
 numbers per region, W words, D joint dimension, K blocks per region (PFAN), K kernels (GSMN).
 """
 
+import functools
 import os
-import signal
-import threading
 from array import array as flat_array
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import Dataset
 
+from batches import Batch, EpochSampler, collate_fn, get_train_loader, pad_to  # noqa: F401
+from caption_images import SPLITS, CaptionImages, caption_images
 from util.arrays import open_array
 from util.cli import InputError, progress
 from vocab import Vocabulary, read_captions
 
 DEV_CAPTIONS = 5000  # the published programs validate on the first 5,000 captions (Q2)
-
-
-class Batch(dict):
-    """Tensors by name; a name that the dataset does not give is an error in one line."""
-
-    def __missing__(self, key: str):
-        raise InputError(
-            f"the model reads {key!r} of a batch, but its dataset gives only {', '.join(self)}; "
-            "its System needs a dataset() that gives it (docs/adding_a_model.md)"
-        )
-
-
-def repeats(array: np.ndarray, captions_per_row: int) -> int:
-    """How many times in a row each image is stored: k, or 1 if all rows are distinct images.
-
-    COCO's test and testall are stored with one row per caption. The run of equal rows at the start
-    gives k. Up to 200 further groups, spread over the file, must repeat too: two equal photos at
-    the start of a set with one caption per image shall not mislead.
-    """
-    if captions_per_row > 1 or len(array) == 1:
-        return 1
-    equal = 1
-    while equal < len(array) and np.array_equal(array[0], array[equal]):
-        equal += 1
-    # The first photos may be equal to each other, so k can be any divisor of that run.
-    for k in range(equal, 1, -1):
-        if equal % k or len(array) % k:
-            continue
-        groups = np.unique(np.linspace(0, len(array) // k - 1, 200).astype(int)) * k
-        if all(np.array_equal(array[g], array[g + j]) for g in groups for j in range(1, k)):
-            return k
-    return 1
 
 
 class Drop:
@@ -132,47 +102,61 @@ class PrecompDataset(Dataset):
     """One split of precomputed features with its captions; an item is one caption and its image.
 
     `data_path` is the folder of the split's files, `data_split` one of train, dev, test, testall.
-    Attributes: `n_images` distinct images, `n_captions`, `k` captions per image, `ids` or None.
-    The training loop sets `drop`, which changes each item, and the `epoch`. Raises InputError or
-    FileNotFoundError naming file and row if the files do not fit.
+    Trailing regions that are all zero are filling, unless `{split}_num_boxes.npy` says how many
+    regions there are; with `keep_empty_regions` all count, as in the published programs.
+
+    Attributes: `n_images` distinct images, `n_captions`, `image_of` (n_captions,) the image of each
+    caption, `rows` (n_images,) where an image is stored, `ids` or None. The training loop sets
+    `drop`, which changes each item, and the `epoch`. Raises InputError or FileNotFoundError naming
+    file and row if the files do not fit.
     """
 
     drop: Drop | None = None
     epoch = 0
     last_region_is_image = False  # the last region stands for the whole image: it is never dropped
-    options_of_data: dict = {}  # options of the model that the files decide
 
-    def __init__(self, data_path: str, data_split: str, vocab: Vocabulary, img_dim: int):
+    def __init__(
+        self,
+        data_path: str,
+        data_split: str,
+        vocab: Vocabulary,
+        img_dim: int | None = None,
+        keep_empty_regions: bool = False,
+    ):
         stem = os.path.join(data_path, data_split)
-        self.path = f"{stem}_ims.npy"
+        self.path, self.keep_empty_regions = f"{stem}_ims.npy", keep_empty_regions
         text = self._caption_file(stem, vocab)
+        check_files(data_path, text, self.path)
         captions = read_captions(text)
         self.images = open_array(self.path, ndim=3)  # (rows, R, F)
-        rows, _, found = self.images.shape
-        if found != img_dim:
+        rows, regions, found = self.images.shape
+        if not self.images.size:
+            raise InputError(f"{self.path}: an array of shape {self.images.shape}, which is empty")
+        if img_dim not in (None, found):
             raise InputError(
                 f"{self.path}: regions have {found} numbers, the model expects {img_dim}; "
                 f"give --img_dim {found}, or the features that the checkpoint was trained on"
             )
+        # Options of the model that the files decide.
+        self.options_of_data: dict = {"img_dim": found}
+        self.num_boxes = None if keep_empty_regions else read_counts(stem, rows, regions)
+        self._say_what_is_filling()
+        self.file_captions = len(captions)  # before dev is cut
         self.candidates = self._candidates(data_split, rows, len(captions))
         if self.candidates > 1:
             print(
                 f"notice: {text}: {len(captions)} captions for {rows} images, so {self.candidates} "
                 "candidate images per caption"
             )
-        elif rows == 0 or len(captions) % rows:
-            raise InputError(
-                f"{text}: {len(captions)} captions for the {rows} rows of {self.path}; "
-                "expected a multiple (usually 5 captions per image, image by image)"
-            )
-        # Rows per image, and captions per image.
-        self.stride = repeats(self.images, len(captions) // rows) if self.candidates == 1 else 1
-        self.k = len(captions) * self.candidates // (rows // self.stride)
+            first = torch.arange(len(captions)) * self.candidates
+            pairs = CaptionImages(torch.arange(rows), first, None).with_ids(stem, rows)
+        else:
+            pairs = caption_images(stem, self.images, text, len(captions))
         if data_split == "dev":
-            captions = captions[: max(DEV_CAPTIONS // self.k, 1) * self.k]
-        self.n_captions = len(captions)
-        self.n_images = self.n_captions * self.candidates // self.k
-        self.ids = self._read_ids(f"{stem}_ids.txt", rows)
+            pairs = pairs.first(DEV_CAPTIONS)  # Q2
+            captions = captions[: len(pairs.image_of)]
+        self.rows, self.image_of, self.ids = pairs
+        self.n_captions, self.n_images = len(self.image_of), len(self.rows)
 
         # One flat array: forked loader workers share it; they would copy a list of objects.
         words, lengths = flat_array("i"), []
@@ -182,20 +166,21 @@ class PrecompDataset(Dataset):
         self.lengths = torch.tensor(lengths)  # (n_captions,)
         self.words = torch.from_numpy(np.array(words, dtype=np.int32))
         self.start = self.lengths.cumsum(0) - self.lengths  # (n_captions,)
-
-        self._warn_of_unknown_words(text, vocab)
+        self.caption_path = text
+        # Without <start> and <end>.
+        self.n_words = len(self.words) - 2 * self.n_captions
+        self.n_unknown = int((self.words == vocab.word2idx[vocab.unknown]).sum())
+        self._warn_of_unknown_words()
 
     def _candidates(self, data_split: str, rows: int, captions: int) -> int:
         """How many candidate images each caption has; they stand in a row. Usually one."""
         return 1
 
-    def _warn_of_unknown_words(self, path: str, vocab: Vocabulary) -> None:
-        words = len(self.words) - 2 * self.n_captions  # without <start> and <end>
-        unknown = int((self.words == vocab.word2idx[vocab.unknown]).sum())
-        if unknown > 0.3 * words:
+    def _warn_of_unknown_words(self) -> None:
+        if self.n_unknown > 0.3 * self.n_words:
             print(
-                f"warning: {path}: {unknown} of its {words} words are not in the vocabulary; is it "
-                "that of other captions?"
+                f"warning: {self.caption_path}: {self.n_unknown} of its {self.n_words} words are "
+                "not in the vocabulary; is it that of other captions?"
             )
 
     def _caption_file(self, stem: str, vocab: Vocabulary) -> str:
@@ -216,22 +201,49 @@ class PrecompDataset(Dataset):
                 "without a word"
             )
 
-    def _read_ids(self, path: str, rows: int) -> list[str] | None:
-        if not os.path.isfile(path):
-            return None
-        ids = read_captions(path)
-        if len(ids) == rows:
-            ids = ids[:: self.stride]
-        elif len(ids) == rows // self.stride * self.k and self.candidates == 1:
-            ids = ids[:: self.k]
-        elif len(ids) != rows // self.stride:
-            raise InputError(f"{path}: {len(ids)} ids for {rows // self.stride} images")
-        return ids[: self.n_images]
+    def _say_what_is_filling(self) -> None:
+        """Look at the ends of some rows: enough to say that there is filling."""
+        if self.keep_empty_regions or self.num_boxes is not None:
+            return
+        some = np.unique(np.linspace(0, len(self.images) - 1, 1000).astype(int)).tolist()
+        filled = [row for row in some if len(self.kept_regions(row)) < self.images.shape[1]]
+        if filled:
+            print(
+                f"notice: {self.path}: {len(filled)} of {len(some)} images that were looked at end "
+                "with regions that are all zero: taken for filling, and not scored; "
+                "--keep_empty_regions scores them, as published"
+            )
+        empty = [row for row in filled if not self.images[row].any()]
+        if empty:
+            print(
+                f"warning: {self.path}: {len(empty)} of these images, the first in row {empty[0]} "
+                "(from 0), hold no region: all is zero; extract them again"
+            )
+
+    def kept_regions(self, row: int) -> range | list[int]:
+        """Which regions of a row are there: not filling."""
+        if self.keep_empty_regions:
+            return range(self.images.shape[1])
+        if self.num_boxes is not None:
+            return range(int(self.num_boxes[row]))
+        return without_filling(self.images[row], self.last_region_is_image)
+
+    @property
+    def k(self) -> int | None:
+        """Captions per image; None if they differ."""
+        counts = self.image_of.bincount()
+        k = int(counts[0]) * self.candidates
+        return k if self.candidates > 1 or (counts == k).all() else None
+
+    @functools.cached_property
+    def region_counts(self) -> Tensor:
+        """How many regions each image has (n_images,)."""
+        return torch.tensor([len(self.kept_regions(row)) for row in self.rows.tolist()])
 
     def image_item(self, image: int) -> dict[str, Tensor]:
         """The distinct image `image` as the image encoder reads it: {'images': (R, F)}."""
-        row = image * self.stride
-        regions = np.array(self.images[row])  # a copy: the map stays read-only
+        row = int(self.rows[image])
+        regions = self._of_regions(self.images, row)  # (R, F)
         if not np.isfinite(regions).all():
             region = int(np.argmin(np.isfinite(regions).all(1)))
             raise InputError(
@@ -239,6 +251,11 @@ class PrecompDataset(Dataset):
                 "extract that image again"
             )
         return {"images": torch.from_numpy(regions)}
+
+    def _of_regions(self, array: np.ndarray, row: int) -> np.ndarray:
+        """What an array (rows, R, ...) holds of a row's regions, as a copy."""
+        kept = self.kept_regions(row)
+        return np.array(array[row, : len(kept)] if isinstance(kept, range) else array[row, kept])
 
     def caption_item(self, caption: int) -> dict[str, Tensor]:
         """One caption as the text encoder reads it: {'captions': (W,)} word ids."""
@@ -249,109 +266,51 @@ class PrecompDataset(Dataset):
         return self.n_captions
 
     def __getitem__(self, caption: int) -> dict:
-        image = caption * self.candidates // self.k
+        image = int(self.image_of[caption])
         where = {"index": caption, "image_index": image}
         item = self.image_item(image) | self.caption_item(caption) | where
         return item if self.drop is None else self.drop(item, self.epoch)
 
 
-def collate_fn(items: list[dict]) -> Batch:
-    """Items to a batch: images (B, R, F), captions (B, W), lengths (B,), and the rest by name.
+def without_filling(regions: np.ndarray, last_is_image: bool = False) -> range | list[int]:
+    """Which of the regions (R, F) are there: all but those at the end that are all zero (Q43).
 
-    Tensors of different shapes are padded with zeros to the largest.
+    If the last region is the whole image, it may stand behind the filling. Of an image that is all
+    zero one region is left, so that its scores do not depend on the filling either.
     """
-    batch = Batch()
-    for name in items[0]:
-        values = [item[name] for item in items]
-        if name == "captions":
-            batch["lengths"] = torch.tensor([len(x) for x in values])  # (B,)
-        if not isinstance(values[0], Tensor):
-            batch[name] = torch.tensor(values)  # (B,)
+    n = len(regions)
+    last = [n - 1] if last_is_image and regions[-1].any() else []
+    n -= len(last)
+    while n and not regions[n - 1].any():
+        n -= 1
+    return [*range(n), *last] if last else range(max(n, 1))
+
+
+def check_files(folder: str, *paths: str) -> None:
+    """Raise FileNotFoundError that lists the splits of a folder if a file of a split is missing."""
+    for path in paths:
+        if os.path.isfile(path):
             continue
-        largest = [max(sizes) for sizes in zip(*(x.shape for x in values), strict=True)]
-        values = [pad_to(x, largest) for x in values]
-        batch[name] = default_collate(values)  # in a worker, straight into shared memory
-    return batch
+        what = "caption file" if path.endswith(".txt") else "file"
+        splits = [split for split in SPLITS if os.path.isfile(f"{folder}/{split}_ims.npy")]
+        raise FileNotFoundError(
+            f"{path}: no such {what}; splits there: {', '.join(splits) or 'none'} (docs/data.md)"
+        )
 
 
-def pad_to(x: Tensor, shape: list[int]) -> Tensor:
-    """x with zeros behind it, up to a shape."""
-    if list(x.shape) == shape:
-        return x
-    behind = [(0, size - own) for own, size in zip(x.shape, shape, strict=True)]
-    return F.pad(x, [n for pair in reversed(behind) for n in pair])
-
-
-class EpochSampler(Sampler[list[int]]):
-    """Batches of a shuffle that depends on (seed, epoch) only, from batch `first` on.
-
-    Because the order follows from the epoch, a resumed run equals an unbroken one. With several
-    processes each takes its share of every batch. The last one may be short (Q27).
-    """
-
-    def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
-        self.n, self.batch_size, self.seed = n, batch_size, seed
-        self.rank, self.world_size = rank, world_size
-        self.epoch = self.first = 0
-
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        order = torch.randperm(self.n, generator=generator)
-        for batch in order.split(self.batch_size)[self.first :]:
-            yield (
-                batch[self.rank :: self.world_size] if self.shared(len(batch)) else batch
-            ).tolist()
-
-    def shared(self, size: int) -> bool:
-        """Whether a batch is split; one with too few pairs is taken whole by each process."""
-        return size >= self.world_size
-
-    def __len__(self) -> int:
-        return -(-self.n // self.batch_size) - self.first
-
-
-def leave_signals_to_the_loop(worker: int) -> None:
-    """Let a loader worker end only when its training loop says so.
-
-    Ctrl-C and the SIGTERM of a scheduler reach the workers too, and a worker that dies of one tears
-    the loop's step. The loop's own process ends a worker by SIGTERM, so only that one counts.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS cannot tell who sent a signal
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    parent = os.getppid()
-
-    def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def get_train_loader(
-    dataset: Dataset,
-    batch_size: int,
-    workers: int,
-    seed: int,
-    pin_memory: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
-) -> DataLoader:
-    """Shuffled batches; set `loader.batch_sampler.epoch` (and `.first`) before each epoch.
-
-    Process `rank` of `world_size` gets its share of each batch.
-    """
-    cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    return DataLoader(
-        dataset,
-        batch_sampler=EpochSampler(len(dataset), batch_size, seed, rank, world_size),
-        collate_fn=collate_fn,
-        # More processes than cores only slow each other down; the published default is 10 (Q3).
-        num_workers=min(workers, cores),
-        pin_memory=pin_memory,
-        worker_init_fn=leave_signals_to_the_loop,
-        # Its own: seeding the workers must not draw from the state that a resume restores.
-        generator=torch.Generator().manual_seed(seed % 2**63),
-    )
+def read_counts(stem: str, rows: int, regions: int) -> np.ndarray | None:
+    """The number of regions of each row (rows,), from `{stem}_num_boxes.npy` if it exists."""
+    path = f"{stem}_num_boxes.npy"
+    if not os.path.isfile(path):
+        return None
+    counts = np.asarray(open_array(path, ndim=1, integers=True))
+    if counts.shape != (rows,):
+        raise InputError(f"{path}: counts of shape {counts.shape}, expected ({rows},), one per row")
+    wrong = (counts < 1) | (counts > regions) | (counts != counts.astype(int))
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise InputError(
+            f"{path}: row {row} (from 0) has {counts[row]} regions, expected 1 to {regions}: "
+            f"{stem}_ims.npy has room for {regions}"
+        )
+    return counts

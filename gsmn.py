@@ -237,13 +237,7 @@ class GSMN(Encoders):
         """
         kernels, mask = self.visual_graph.graph_convolution_1, batch.get("region_mask")
         edges = kernels(batch["boxes"], self.config.neighbours, mask)
-        encoded = super().encode_images(batch) | {"edges": edges}
-        return encoded if self.training else encoded | self._keys(encoded["regions"])
-
-    def _keys(self, regions: Tensor) -> Encoding:
-        """What a score needs of the regions besides: once per step, once per evaluation."""
-        b = self.config.num_block
-        return {"keys": block_keys(regions, b), "norms": block_norms(regions, b)}
+        return super().encode_images(batch) | {"edges": edges}
 
     def encode_captions(self, batch: dict[str, Tensor]) -> Encoding:
         """As Encoders; for the sparse graph batch['adjacency'] (C, W, W) is passed on."""
@@ -258,10 +252,10 @@ class GSMN(Encoders):
         if self.is_sparse or config.neighbours:  # otherwise they would be 1: see textual_edges
             graph = captions.get("adjacency"), config.lambda_softmax, config.neighbours
             of_captions["edges"] = textual_edges(words, lengths, *graph)
-        if "keys" not in images:
-            images = images | self._keys(images["regions"])
-        read = ("regions", "keys", "norms", "edges", "region_mask")
+        read = ("regions", "edges", "region_mask")
         of_images = {name: images[name] for name in read if name in images}
+        regions, b = images["regions"], config.num_block
+        of_images |= {"keys": block_keys(regions, b), "norms": block_norms(regions, b)}
         weights = (*self.textual_graph.weights(), *self.visual_graph.weights())
         return pair_scores(GraphMatching(config), of_images, of_captions, lengths, weights)
 
@@ -322,7 +316,8 @@ class GSMNSystem(System):
         )
 
     def dataset(self, folder, split, vocab, opt) -> GraphDataset:
-        return GraphDataset(folder, split, vocab, opt.img_dim, opt.is_sparse)
+        more = {"keep_empty_regions": opt.keep_empty_regions}
+        return GraphDataset(folder, split, vocab, opt.img_dim, opt.is_sparse, **more)
 
     def published_dataset(self, folder, split, vocab, opt, fold5: bool) -> GraphDataset:
         """A split with the boxes of the published evaluation.  # Q9"""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data import PrecompDataset
 from util.arrays import open_array, read_sizes
+from util.boxes import BoxCheck
 from util.cli import InputError
 from vocab import Vocabulary, read_captions
 
@@ -51,12 +52,14 @@ class GraphDataset(PrecompDataset):
         data_path: str,
         data_split: str,
         vocab: Vocabulary,
-        img_dim: int,
+        img_dim: int | None = None,
         dependencies: bool = False,
         published_batch: int | None = None,
         published_folds: bool = False,
+        keep_empty_regions: bool = False,
     ):
-        super().__init__(data_path, data_split, vocab, img_dim)
+        keep_empty_regions |= published_batch is not None  # as the published programs do
+        super().__init__(data_path, data_split, vocab, img_dim, keep_empty_regions)
         stem = os.path.join(data_path, data_split)
         text = super()._caption_file(stem, vocab)
         if self.precomputed and os.path.isfile(text):  # published data may lack the captions
@@ -64,7 +67,7 @@ class GraphDataset(PrecompDataset):
         rows, regions, _ = self.images.shape
         self.box_path = f"{stem}_ims_bbx.npy"
         check_boxes_are_there(stem)
-        self.boxes = open_array(self.box_path, ndim=3)  # (rows, R, 4)
+        self.boxes = open_array(self.box_path, ndim=3, integers=True)  # (rows, R, 4)
         if self.boxes.shape != (rows, regions, 4):
             raise InputError(
                 f"{self.box_path}: boxes of shape {self.boxes.shape}, but {self.path} holds {rows} "
@@ -73,6 +76,8 @@ class GraphDataset(PrecompDataset):
         self.sizes = read_sizes(f"{stem}_ims_size.npy", rows)  # (rows, 2)
         self._check_boxes()
         self.published_batch, self.published_folds = published_batch, published_folds
+        if published_batch:
+            self._check_published()
         self.pairs = None
         if dependencies:
             self._read_dependencies(f"{stem}_caps.json")
@@ -84,15 +89,11 @@ class GraphDataset(PrecompDataset):
         if not finite.all():
             row = int(np.argmin(finite))
             raise InputError(f"{self.box_path}: row {row} (from 0) holds NaN or Inf")
-        said = f"warning: {self.box_path}: expected left, top, right, bottom in pixels, but"
-        if boxes.max() <= 1 < self.sizes.max():
-            print(f"{said} no number is above 1: are they fractions of the image already?")
-        turned = (boxes[..., 2:] < boxes[..., :2]).any(2).mean()
-        if turned > 0.01:
-            print(
-                f"{said} {turned:.0%} of the boxes end before they begin: are they left, top, "
-                "width, height?"
-            )
+        check, regions = BoxCheck(), self.num_boxes  # (rows,) or None
+        for start in range(0, len(boxes), 4096):
+            some = slice(start, start + 4096)
+            check.add(boxes[some], self.sizes[some], None if regions is None else regions[some])
+        check.warn(self.box_path)
 
     def _caption_file(self, stem: str, vocab: Vocabulary) -> str:
         path = f"{stem}_precaps_stan.txt"
@@ -123,11 +124,10 @@ class GraphDataset(PrecompDataset):
     def _compare_ids(self, path: str, text: str, vocab: Vocabulary) -> None:
         """Refuse precomputed word ids that are not those of the captions in this vocabulary."""
         captions = read_captions(text)
-        expected = len(self.images) // self.stride * self.k
-        if len(captions) != expected:
+        if len(captions) != self.file_captions:
             raise InputError(
-                f"{path}: word ids of {expected} captions, but {text} holds {len(captions)}; make "
-                "the first again with util/dependency_parser.py --overwrite"
+                f"{path}: word ids of {self.file_captions} captions, but {text} holds "
+                f"{len(captions)}; make the first again with util/dependency_parser.py --overwrite"
             )
         words = same = 0
         for row in np.unique(np.linspace(0, self.n_captions - 1, 1000).astype(int)).tolist():
@@ -187,7 +187,7 @@ class GraphDataset(PrecompDataset):
         except ValueError as error:
             raise InputError(f"{path}: not a JSON file ({error}); make it again") from None
         found = len(lists) if isinstance(lists, list) else "no list of"
-        whole = len(self.images) // self.stride * self.k  # dev may be cut
+        whole = self.file_captions  # dev may be cut
         if found not in (whole, self.n_captions):
             raise InputError(f"{path}: {found} captions, expected {whole}, as in its caption file")
         return lists
@@ -213,18 +213,30 @@ class GraphDataset(PrecompDataset):
 
     def image_item(self, image: int) -> dict[str, Tensor]:
         """{'images': (R, F), 'boxes': (R, 4)}: the boxes in parts of the image's size.  # Q8"""
-        row, times = image * self.stride, 1
+        row, times = int(self.rows[image]), 1
+        item = super().image_item(image)
         if self.published_batch:
             # Q9: two passes over the loader divide in place, and a batch sees the values that its
             # last item left.
-            k = self.k // self.stride  # captions a row
-            caption = image * self.k if self.published_folds else image
+            k = self.file_captions // len(self.images)  # captions a row
+            first = image * (self.n_captions // self.n_images)
+            caption = first if self.published_folds else image
             row, batch = caption // k, caption // self.published_batch
             times = k + min(k * (row + 1), (batch + 1) * self.published_batch) - k * row
-        boxes = self.boxes[row].astype(np.float32)  # (R, 4)
+        boxes = self._of_regions(self.boxes, row).astype(np.float32)  # (R, 4)
         for _ in range(times):
             boxes /= np.tile(self.sizes[row], 2)
-        return super().image_item(image) | {"boxes": torch.from_numpy(boxes)}
+        return item | {"boxes": torch.from_numpy(boxes)}
+
+    def _check_published(self) -> None:
+        """Refuse other sets than those of the published programs.  # Q9"""
+        k = self.n_captions // self.n_images
+        in_order = torch.equal(self.image_of, torch.arange(self.n_captions) // k)
+        if not in_order or self.file_captions % len(self.images):
+            raise InputError(
+                f"{self.path}: --published_boxes needs as many captions for each image, image by "
+                "image, as the published programs do"
+            )
 
     def caption_item(self, caption: int) -> dict[str, Tensor]:
         """{'captions': (W,)} and, with dependencies, 'adjacency' (W, W), identity included."""

@@ -176,7 +176,7 @@ class Encoders(nn.Module):
     def encode_images(self, batch: dict[str, Tensor]) -> Encoding:
         """batch['images'] (I, R, F) -> {'regions': (I, R, D)}.
 
-        With batch['region_mask'] (I, R), the regions that --drop left, also 'region_mask'.
+        With batch['region_mask'] (I, R), the regions that are scored, also 'region_mask'.
         """
         return without_dropped(self.img_enc(batch["images"]), batch)
 

@@ -30,6 +30,7 @@ from system import ServedImage, System, encoder_options, image_architecture, sco
 from util import positions
 from util.arguments import COUNT, NOT_NEGATIVE
 from util.cli import InputError, choose
+from vocab import existing_file
 
 
 class PositionEncoder(EncoderImage):
@@ -71,9 +72,12 @@ class PositionEncoder(EncoderImage):
         spread = weights.new_zeros(*blocks.shape[:2], len(table))  # (I, R, G G + 1)
         return spread.scatter_add(2, blocks, weights) @ table  # (I, R, P)
 
-    def forward(self, images: Tensor, blocks: Tensor, overlap: Tensor) -> Tensor:
-        """images (I, R, F), blocks (I, R, K) ids from 0 to G G, overlap (I, R, K) -> (I, R, D)."""
-        position = self.positions(images, blocks, overlap)  # (I, R, P)
+    def forward(self, images: Tensor, blocks: Tensor, overlap: Tensor, **more: Tensor) -> Tensor:
+        """images (I, R, F), blocks (I, R, K) ids from 0 to G G, overlap (I, R, K) -> (I, R, D).
+
+        `more` is what `positions` of a variant reads besides.
+        """
+        position = self.positions(images, blocks, overlap, **more)  # (I, R, P)
         return super().forward(torch.cat((images.to(position.dtype), position), 2))  # (I, R, D)
 
 
@@ -128,17 +132,30 @@ class WholeEncoder(PositionEncoder):
         nn.init.zeros_(self.fc_whole.bias)
         self.need_box_whole = need_box_whole
 
-    def positions(self, images: Tensor, blocks: Tensor, overlap: Tensor) -> Tensor:
-        """As PositionEncoder; with `need_box_whole` blocks and overlap are (I, R - 1, K)."""
+    def positions(
+        self, images: Tensor, blocks: Tensor, overlap: Tensor, filling: Tensor | None = None
+    ) -> Tensor:
+        """As PositionEncoder; with `need_box_whole` blocks and overlap are (I, R - 1, K).
+
+        filling (I, R): what stands behind the regions of an image; None: nothing.
+        """
         position = super().positions(images, blocks, overlap)  # (I, R, P)
         if not self.need_box_whole:
             return position
         mean = self.position_embedding.weight.mean(0).to(position.dtype)  # (P,)
-        return torch.cat((position, mean.expand(len(position), 1, -1)), 1)  # (I, R, P)
+        position = torch.cat((position, mean.expand(len(position), 1, -1)), 1)  # (I, R, P)
+        if filling is None:
+            return position
+        return position.where(~last_region(~filling)[..., None], mean)  # (I, R, P)
 
     def whole(self, images: Tensor) -> Tensor:
         """Whole images (I, F) -> (I, D), not normalised: only cosines are taken of them."""
         return self.fc_whole(images.to(self.fc_whole.bias.dtype)).float()  # (I, D)
+
+
+def last_region(mask: Tensor) -> Tensor:
+    """True for the last region of each image (I, R), of those that mask (I, R) says are there."""
+    return mask & (mask.flip(1).cumsum(1).flip(1) == 1)  # (I, R)
 
 
 def cosines(x: Tensor, y: Tensor) -> Tensor:
@@ -175,7 +192,8 @@ class PFANWhole(SCAN):
 
     def encode_images(self, batch: dict[str, Tensor]) -> Encoding:
         """As PFAN, and batch['whole'] (I, F) -> {'regions': (I, R, D), 'whole': (I, D)}."""
-        regions = self.img_enc(batch["images"], batch["blocks"], batch["overlap"])
+        more = {"filling": batch.get("filling")}
+        regions = self.img_enc(batch["images"], batch["blocks"], batch["overlap"], **more)
         return without_dropped(regions, batch) | {"whole": self.img_enc.whole(batch["whole"])}
 
     def encode_captions(self, batch: dict[str, Tensor]) -> Encoding:
@@ -190,9 +208,15 @@ class PFANWhole(SCAN):
         sentence, regions = captions["sentence"], images["regions"]
         scores = self.lambda_whole * cosines(images["whole"], sentence)  # (I, C)
         if self.need_box_whole and (cross_attn or self.config.cross_attn) == "t2i":
-            scores = scores + 0.5 * cosines(regions[:, -1], sentence)  # (I, C)
-            names = images.keys() & {"regions", "region_mask"}
-            images = images | {name: images[name][:, :-1] for name in names}
+            mask = images.get("region_mask")  # (I, R)
+            if mask is None:
+                last, images = regions[:, -1], images | {"regions": regions[:, :-1]}
+            else:
+                at = last_region(mask)  # (I, R)
+                last, mask = regions[at], mask & ~at  # (I, D), (I, R)
+                regions = regions.masked_fill(at[..., None], 0)  # (I, R, D)
+                images = images | {"regions": regions, "region_mask": mask}
+            scores = scores + 0.5 * cosines(last, sentence)  # (I, C)
         return scores + super().similarity(images, captions, cross_attn)  # (I, C)
 
 
@@ -240,7 +264,8 @@ class PFANSystem(System):
         )
 
     def dataset(self, folder, split, vocab, opt) -> PositionDataset:
-        return PositionDataset(folder, split, vocab, opt.img_dim, opt.split_size)
+        where = folder, split, vocab, opt.img_dim, opt.split_size
+        return PositionDataset(*where, opt.keep_empty_regions)
 
     def prepare_split(self, stem: str) -> None:
         if not os.path.isfile(f"{stem}_boxes.npy"):
@@ -302,14 +327,15 @@ class PFANWholeSystem(PFANSystem):
         )
 
     def dataset(self, folder, split, vocab, opt) -> WholeDataset:
-        where = folder, split, vocab, opt.img_dim, opt.split_size
+        where = folder, split, vocab, opt.img_dim, opt.split_size, opt.keep_empty_regions
         return WholeDataset(*where, need_box_whole=opt.need_box_whole)
 
     def vocab_file(self, folder: str, data_name: str) -> str:
-        """{data_name}_sent_vocab.json, unless only the other models' file exists."""
+        """{data_name}_sent_vocab.json or .pkl, unless only the other models' file exists."""
         path = super().vocab_file(folder, data_name)
         sent = os.path.join(folder, f"{data_name}_sent_vocab.json")
-        return sent if os.path.isfile(sent) or not os.path.isfile(path) else path
+        own, other = (os.path.isfile(existing_file(x)) for x in (sent, path))
+        return sent if own or not other else path
 
     def vocabulary(self, vocab, opt):
         """Unknown words have the id of <pad>, as published.  # Q22b"""
@@ -322,6 +348,9 @@ class PFANWholeSystem(PFANSystem):
 
     def architecture(self, states) -> dict:
         return self.position_architecture(states)
+
+    def last_region_is_image(self, opt) -> bool:
+        return opt.need_box_whole
 
     def request_image(self, image: ServedImage, opt) -> Encoding:
         regions = image

@@ -31,10 +31,11 @@ class PositionDataset(PrecompDataset):
         data_path: str,
         data_split: str,
         vocab: Vocabulary,
-        img_dim: int,
+        img_dim: int | None = None,
         split_size: int = 16,
+        keep_empty_regions: bool = False,
     ):
-        super().__init__(data_path, data_split, vocab, img_dim)
+        super().__init__(data_path, data_split, vocab, img_dim, keep_empty_regions)
         self.none = split_size**2
         self.block_path = os.path.join(data_path, f"{data_split}_boxes.npy")
         if not os.path.isfile(self.block_path):
@@ -49,7 +50,7 @@ class PositionDataset(PrecompDataset):
     def _check_blocks(self, rows: int, regions: int) -> None:
         found = self.blocks.shape
         self.n_blocks = found[2] // 2
-        self.options_of_data = {"n_blocks": self.n_blocks}
+        self.options_of_data["n_blocks"] = self.n_blocks
         if found[:2] != (rows, regions) or self.n_blocks < 1:
             raise InputError(
                 f"{self.block_path}: an array of shape {found}, but {self.path} holds {rows} "
@@ -59,9 +60,9 @@ class PositionDataset(PrecompDataset):
 
     def image_item(self, image: int) -> dict[str, Tensor]:
         """{'images': (R, F), 'blocks': (R, K) ids, 'overlap': (R, K) weights}."""
-        row = image * self.stride
-        k = self.n_blocks
-        table = torch.from_numpy(np.array(self.blocks[row, :, : 2 * k], np.float32))  # (R, 2 K)
+        row, k = int(self.rows[image]), self.n_blocks
+        table = self._of_regions(self.blocks, row).astype(np.float32)  # (R, 2 K or 2 K + 1)
+        table = torch.from_numpy(table[:, : 2 * k])  # (R, 2 K)
         ids, overlap = table.split(k, 1)
         blocks = ids.long()  # (R, K)
         wrong = (blocks != ids) | (blocks < 0) | (blocks > self.none) | ~(overlap >= 0)
@@ -127,13 +128,27 @@ class WholeDataset(PositionDataset):
 
     def image_item(self, image: int) -> dict[str, Tensor]:
         """As PositionDataset, and 'whole' (F,); a whole image has no blocks and no overlap."""
-        item = super().image_item(image)
-        whole = np.array(self.whole[image * self.stride])
+        item, row = super().image_item(image), int(self.rows[image])
+        whole = np.array(self.whole[row])
         if not np.isfinite(whole).all():
-            raise InputError(
-                f"{self.whole_path}: row {image * self.stride} (from 0) holds NaN or Inf"
-            )
+            raise InputError(f"{self.whole_path}: row {row} (from 0) holds NaN or Inf")
         if self.need_box_whole:
             regions = len(item["images"]) - 1
             item |= {name: item[name][:regions] for name in ("blocks", "overlap")}
         return item | {"whole": torch.from_numpy(whole)}
+
+    def kept_regions(self, row: int) -> range | list[int]:
+        """As PrecompDataset; with `need_box_whole` the whole image is one more."""
+        kept = super().kept_regions(row)
+        if self.need_box_whole and len(kept) < 2:
+            raise InputError(
+                f"{self.path}: row {row} (from 0) has one region; with --need_box_whole the last "
+                "one is the whole image, and others must stand before it"
+            )
+        return kept
+
+    def _of_regions(self, array: np.ndarray, row: int) -> np.ndarray:
+        """As PrecompDataset; an array of R - 1 regions has none for the whole image."""
+        if array.shape[1] == self.images.shape[1]:
+            return super()._of_regions(array, row)
+        return np.array(array[row, self.kept_regions(row)[:-1]])

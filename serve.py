@@ -19,6 +19,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections import defaultdict
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated
@@ -28,7 +29,7 @@ from torch import Tensor
 
 import checkpoint as ckpt
 import systems
-from data import collate_fn
+from data import collate_fn, without_filling
 from pairs import Encoding
 from system import ServedImage
 from util.cli import InputError, run
@@ -169,7 +170,10 @@ class Scorer:
         boxes = decode(record.boxes, 4, n, where, "boxes")  # (R, 4)
         features = decode(record.features, self.opt.img_dim, n, where, "features")  # (R, F)
         size = record.image_w, record.image_h
-        arrays = (torch.from_numpy(x.copy()) for x in (features, boxes))
+        kept = range(n)
+        if not self.opt.keep_empty_regions:
+            kept = without_filling(features, systems.of(self.opt).last_region_is_image(self.opt))
+        arrays = (torch.from_numpy(x[list(kept)]) for x in (features, boxes))
         return ServedImage(*arrays, size, whole)
 
     @torch.inference_mode()
@@ -315,7 +319,11 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Limits]:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("checkpoint", help="a checkpoint of this project, or a published one")
+    parser.add_argument(
+        "checkpoint",
+        type=os.path.expanduser,
+        help="a checkpoint of this project, or a published one",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: other machines can reach it")
     parser.add_argument("--port", type=int, default=PORT, help="0: any free port")
     parser.add_argument("--vocab_path", help="folder of the vocabulary; default: as in training")
@@ -368,8 +376,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # These handlers act before uvicorn sets its own, and after it. When uvicorn has stopped, it
     # raises the signal again; without them, a normal stop would look like a crash.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+    if threading.current_thread() is threading.main_thread():  # others may not set any
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
     # It listens already: a reader of the next line may connect at once.
     sock = open_socket(opt.host, opt.port, config.backlog)
     host, port = sock.getsockname()[:2]

@@ -19,6 +19,7 @@ from losses import make_criterion
 from model import SCAN
 from pairs import Encoding
 from util.arguments import POSITIVE
+from util.folders import find_folder
 from vocab import Vocabulary
 
 States = list[dict[str, Tensor]]  # a checkpoint's list of state dicts
@@ -101,17 +102,15 @@ class System:
     def find_data(self, data_path: str, data_name: str) -> str:
         """The folder of a dataset. Raises FileNotFoundError."""
         here = os.path.dirname(os.path.abspath(__file__))
-        folders = self.data_folders(data_path, data_name)
-        for folder in (os.path.join(root, folder) for root in ("", here) for folder in folders):
-            if os.path.isdir(folder):
-                return folder
-        raise FileNotFoundError(f"{folders[0]}: no such data folder; give --data_path its parent")
+        folders = self.data_folders(os.path.expanduser(data_path), data_name.rstrip(os.sep))
+        places = [os.path.join(root, folder) for root in ("", here) for folder in folders]
+        return find_folder(data_path, data_name, places)
 
     def dataset(
         self, folder: str, split: str, vocab: Vocabulary, opt: argparse.Namespace
     ) -> PrecompDataset:
         """One split. It gives all keys of a batch that the model reads (see data.py)."""
-        return PrecompDataset(folder, split, vocab, opt.img_dim)
+        return PrecompDataset(folder, split, vocab, opt.img_dim, opt.keep_empty_regions)
 
     # Like dataset(..., fold5), a split as the published evaluation reads it, if that differs.
     published_dataset = None
@@ -182,6 +181,10 @@ class System:
         """Set the word embedding before word vectors are filled in; here it stays as it is."""
 
     # serve.py
+
+    def last_region_is_image(self, opt: argparse.Namespace) -> bool:
+        """Whether the last region of an image stands for the whole image."""
+        return False
 
     def request_image(self, image: ServedImage, opt: argparse.Namespace) -> Encoding:
         """What the dataset's image_item gives, from a request. Raises InputError."""

@@ -3,6 +3,7 @@
 Shapes: I images, C captions, R regions, D joint dimension.
 """
 
+import torch
 from torch import Tensor, nn
 
 from model import EncoderImage, Encoders, EncoderText
@@ -11,7 +12,10 @@ from system import System
 from util.cli import choose
 from util.norms import l2norm
 
-POOLING = {"mean": lambda x: x.mean(1), "max": lambda x: x.amax(1)}  # (I, R, D) -> (I, D)
+POOLING = {  # regions (I, R, D), and which of them are scored (I, R, 1) -> (I, D)
+    "mean": lambda x, mask: (x * mask).sum(1) / mask.sum(1),
+    "max": lambda x, mask: x.masked_fill(~mask, -torch.inf).amax(1),
+}
 
 
 class Pooled(Encoders):
@@ -26,7 +30,8 @@ class Pooled(Encoders):
     def encode_images(self, batch: dict[str, Tensor]) -> Encoding:
         """batch['images'] (I, R, F) -> {'image': (I, D)}."""
         regions = self.img_enc(batch["images"])  # (I, R, D)
-        return {"image": l2norm(self.pool(regions), dim=-1)}
+        mask = batch.get("region_mask", regions.new_ones(regions.shape[:2], dtype=torch.bool))
+        return {"image": l2norm(self.pool(regions, mask[..., None]), dim=-1)}
 
     def encode_captions(self, batch: dict[str, Tensor]) -> Encoding:
         """batch['captions'] (C, W), 'lengths' (C,) -> {'sentence': (C, D)}."""

@@ -129,6 +129,8 @@ def draw(seed: int, system: str | None = None) -> Case:
         batch |= draw_blocks(r, n, some, options["split_size"])
     if system == "pfan_whole":
         batch["whole"] = r.normal(n, options["img_dim"])  # (B, F)
+    if regions > 2 and r.chance(0.25):
+        draw_filling(r, batch, 1 + bool(options.get("need_box_whole")))
     return Case(system, options, training, net, batch, dependencies)
 
 
@@ -202,6 +204,21 @@ def draw_images(r: Draws, n: int, regions: int, img_dim: int) -> Tensor:
     if r.chance(0.15):
         images[r.rng.integers(n), r.rng.integers(regions)] = 0
     return images
+
+
+def draw_filling(r: Draws, batch: dict[str, Tensor], least: int) -> None:
+    """Give images different numbers of regions, at least `least`; zeros fill them up."""
+    n, regions = batch["images"].shape[:2]
+    counts = torch.from_numpy(r.rng.integers(least, regions + 1, n))  # (B,)
+    filling = torch.arange(regions) >= counts[:, None]  # (B, R)
+    mask = batch.get("region_mask", torch.ones_like(filling)) & ~filling  # (B, R)
+    mask[torch.arange(n), counts - 1] = True  # --drop leaves one, and a whole image at the end
+    if least > 1:
+        mask[:, 0] = True
+    batch |= {"filling": filling, "region_mask": mask}
+    for name in ("images", "boxes"):
+        if name in batch:
+            batch[name] = batch[name].masked_fill(filling[..., None], 0)  # (B, R, ...)
 
 
 def draw_graphs(r: Draws, lengths: Tensor) -> tuple[list, Tensor]:

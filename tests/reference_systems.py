@@ -59,6 +59,20 @@ def layer_norm(layer: torch.nn.LayerNorm, x: Tensor) -> Tensor:
     return centred / (variance + layer.eps).sqrt() * layer.weight + layer.bias
 
 
+def cut_filling(item: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An image without the regions that only fill it up."""
+    if "filling" not in item:
+        return item
+    n, cut = int((~item["filling"]).sum()), dict(item)
+    for name in ("images", "boxes", "region_mask"):
+        if name in item:
+            cut[name] = item[name][:n]
+    for name in ("blocks", "overlap"):  # they may have none for the whole image at the end
+        if name in item:
+            cut[name] = item[name][: n - len(item["images"]) + len(item[name])]
+    return cut
+
+
 def encode_image(model: torch.nn.Module, item: dict[str, Tensor]) -> Tensor:
     """Regions (R', D) of one image, without those that its region_mask (R,) drops."""
     encoder, x = model.img_enc, item["images"]
@@ -112,7 +126,7 @@ def system_scores(model: torch.nn.Module, batch: dict, pairs: list | None = None
     """Scores (I, C) of a batch by any system; `pairs` are the captions' dependencies (GSMN)."""
     items, captions = [], []
     for k in range(len(batch["images"])):
-        item = {name: x[k] for name, x in batch.items()}
+        item = cut_filling({name: x[k] for name, x in batch.items()})
         items.append(item | {"regions": encode_image(model, item)})
     for k, length in enumerate(batch["lengths"].tolist()):
         encoded = encode_caption(model.txt_enc, batch["captions"][k, :length])
