@@ -1,17 +1,42 @@
 """Every flag of train.py once, with its published name and default."""
 
 import argparse
+import os
 
 import systems
 from losses import CRITERIA
-from util.arguments import COUNT, FROM_0, NOT_NEGATIVE, POSITIVE, fraction
+from util.arguments import COUNT, FOLDER, FROM_0, NOT_NEGATIVE, POSITIVE, fraction
 from util.cli import InputError
+
+# A switch that a resumed run can also turn off: --no-drop.
+SWITCH = argparse.BooleanOptionalAction
 
 
 def add_data_options(group) -> None:
-    group.add_argument("--data_path", default="./data/", help="folder that holds DATA_NAME/")
-    group.add_argument("--data_name", default="precomp", help="e.g. f30k_precomp, coco_precomp")
-    group.add_argument("--vocab_path", default="./vocab/", help="folder of {data_name}_vocab.json")
+    group.add_argument(
+        "--data_path", default="./data/", type=FOLDER, help="folder that holds DATA_NAME/"
+    )
+    group.add_argument(
+        "--data_name", default="precomp", type=FOLDER, help="e.g. f30k_precomp, coco_precomp"
+    )
+    group.add_argument(
+        "--vocab_path",
+        default="./vocab/",
+        type=FOLDER,
+        help="folder of {data_name}_vocab.json, or a vocabulary file",
+    )
+    group.add_argument(
+        "--allow_unknown",
+        action=SWITCH,
+        default=False,
+        help="train even if more than 30 %% of the words of train are not in the vocabulary",
+    )
+    group.add_argument(
+        "--keep_empty_regions",
+        action=SWITCH,
+        default=False,
+        help="train and score with the regions that only fill up an image, as published",
+    )
     group.add_argument(
         "--workers", default=10, type=FROM_0, help="loader processes (never more than cores)"
     )
@@ -25,8 +50,18 @@ def add_run_options(group) -> None:
         "--device", default="auto", help="auto (cuda if there is one), cpu, cuda:1, ..."
     )
     group.add_argument("--seed", default=0, type=FROM_0, help="decides everything random")
-    group.add_argument("--model_name", default="./runs/runX/checkpoint", help="checkpoints go here")
-    group.add_argument("--logger_name", default="./runs/runX/log", help="TensorBoard, log.jsonl")
+    group.add_argument(
+        "--model_name",
+        default="./runs/runX/checkpoint",
+        type=FOLDER,
+        help="checkpoints go here; with --resume: the folder of that checkpoint",
+    )
+    group.add_argument(
+        "--logger_name",
+        default="./runs/runX/log",
+        type=FOLDER,
+        help="TensorBoard, log.jsonl; with --resume: where that run logged",
+    )
     group.add_argument(
         "--log_step", default=10, type=COUNT, help="steps between printed lines (GSMN: 100)"
     )
@@ -37,7 +72,11 @@ def add_run_options(group) -> None:
         help="steps between validations (GSMN: 15000); 0: after each epoch only",
     )
     group.add_argument(
-        "--resume", default="", metavar="PATH", help="checkpoint to continue from; exact if ours"
+        "--resume",
+        default="",
+        metavar="PATH",
+        type=os.path.expanduser,
+        help="checkpoint to continue from; its options count, except those given; exact if ours",
     )
     group.add_argument(
         "--reset_start_epoch",
@@ -70,7 +109,10 @@ def add_training_options(group) -> None:
         "--grad_clip", default=2.0, type=NOT_NEGATIVE, help="gradient norm; 0: no clipping"
     )
     group.add_argument(
-        "--amp", action="store_true", help="bfloat16 encoders; scores and loss stay float32"
+        "--amp",
+        action=SWITCH,
+        default=False,
+        help="bfloat16 encoders; scores and loss stay float32",
     )
     group.add_argument(
         "--grad_checkpointing",
@@ -95,7 +137,10 @@ def add_loss_options(group) -> None:
         "--margin", default=0.2, type=NOT_NEGATIVE, help="of the ranking loss (CHAN: 0.05)"
     )
     group.add_argument(
-        "--max_violation", action="store_true", help="hardest negatives instead of their sum"
+        "--max_violation",
+        action=SWITCH,
+        default=False,
+        help="hardest negatives instead of their sum",
     )
     group.add_argument("--temperature", default=0.01, type=POSITIVE, help="of InfoNCELoss")
     group.add_argument(
@@ -108,13 +153,15 @@ def add_loss_options(group) -> None:
     )
     group.add_argument(
         "--no_false_negatives",
-        action="store_true",
+        action=SWITCH,
+        default=False,
         help="two captions of one image in a batch are no negatives of each other's image (in the "
         "published code they are)",
     )
     group.add_argument(
         "--drop",
-        action="store_true",
+        action=SWITCH,
+        default=False,
         help="drop some regions and words in training (published for CHAN; any system here)",
     )
     group.add_argument(
@@ -123,7 +170,12 @@ def add_loss_options(group) -> None:
 
 
 def add_encoder_options(group) -> None:
-    group.add_argument("--img_dim", default=2048, type=COUNT, help="numbers per region")
+    group.add_argument(
+        "--img_dim",
+        default=2048,
+        type=COUNT,
+        help="numbers per region; if it is not given, training takes that of the features",
+    )
     group.add_argument("--word_dim", default=300, type=COUNT, help="word embedding size")
     group.add_argument(
         "--embed_size", default=1024, type=COUNT, help="joint space size (pfan_whole: 512)"
@@ -197,11 +249,21 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
     return parser, owners
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options of a run. The defaults are SCAN's, except where the chosen paper has its own."""
+def parse(argv: list[str] | None = None, stored: dict | None = None) -> argparse.Namespace:
+    """The options of a run. The defaults are SCAN's, except where the chosen paper has its own.
+
+    `stored` are other defaults: the options of the checkpoint that a run goes on from.
+    """
     parser, owners = build_parser()
     system = systems.of(parser.parse_known_args(argv)[0])
+    stored = stored or {}
+    if stored.get("model", system.name) != system.name:
+        if "model" in given(argv):
+            found = stored["model"]
+            parser.error(f"--model {system.name}: the checkpoint of --resume is of {found}")
+        system = systems.SYSTEMS[stored["model"]]
     parser.set_defaults(**system.defaults)
+    parser.set_defaults(**{name: stored[name] for name in stored if name in known(parser)})
     opt = parser.parse_args(argv)
     for flag, names in owners.items():
         name = flag.removeprefix("--")
@@ -218,6 +280,27 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     except InputError as error:
         parser.error(str(error))
     return opt
+
+
+def model_options() -> set[str]:
+    """The names of the options that a model is built from."""
+    parser = argparse.ArgumentParser()
+    add_encoder_options(parser)
+    _, owners = build_parser()
+    return {"model"} | known(parser) | {flag.removeprefix("--") for flag in owners}
+
+
+def known(parser: argparse.ArgumentParser) -> set[str]:
+    """The names of a parser's options."""
+    return {action.dest for action in parser._actions}
+
+
+def given(argv: list[str] | None = None) -> set[str]:
+    """The names of the options that a command line names."""
+    parser, _ = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_known_args(argv)[0]))
 
 
 def defaults(system: str) -> dict:

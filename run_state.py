@@ -2,16 +2,21 @@
 
 import argparse
 import dataclasses
+import os
 
 import torch
 from torch import nn
 
+import checkpoint as ckpt
+import options
 from util.cli import InputError
 
 # Options that do not change what a resumed run computes.
 FREE = {"data_path", "vocab_path", "workers", "device", "model_name", "logger_name", "log_step"}
 FREE |= {"val_step", "resume", "reset_start_epoch", "num_epochs", "model", "vocab_size"}
-FREE |= {"wemb_type", "wemb_path", "bert_path", "bert_config"}
+FREE |= {"wemb_type", "wemb_path", "bert_path", "bert_config", "allow_unknown"}
+# Options that a resumed run does not take from its checkpoint.
+NOT_TAKEN = {"device", "workers", "model_name", "logger_name", "resume", "reset_start_epoch"}
 
 
 @dataclasses.dataclass
@@ -25,6 +30,47 @@ class RunState:
     Eiters: int = 0  # steps in all
     val_due: bool = False  # whether a validation is due before the next batch
     best_rsum: float = -1.0
+
+
+def read_options(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
+    """The options of a run, and the checkpoint that it goes on from, if any.
+
+    A resumed run takes its options from the checkpoint, except for those that the command line
+    gives, and goes on in the folders of that checkpoint. With --reset_start_epoch it is a new run:
+    it takes the options of the model only.
+    """
+    first = options.build_parser()[0].parse_known_args(argv)[0]
+    names = options.given(argv)
+    if not first.resume:
+        opt = options.parse(argv)
+        if "img_dim" not in names:
+            opt.img_dim = None  # the features decide
+        return opt, None
+    resumed = ckpt.load(first.resume)
+    then = vars(resumed["opt"])
+    taken = options.model_options() if first.reset_start_epoch else then.keys() - NOT_TAKEN
+    # Folders of another machine are not taken.
+    gone = {x for x in ("data_path", "vocab_path") if not os.path.exists(str(then.get(x)))}
+    opt = options.parse(argv, {name: then[name] for name in taken - gone if name in then})
+    if "model_name" not in names and not opt.reset_start_epoch:
+        opt.model_name = os.path.dirname(first.resume) or "."
+    if "logger_name" not in names and not opt.reset_start_epoch:
+        own = os.path.realpath(opt.model_name) == os.path.realpath(then["model_name"])
+        opt.logger_name = then["logger_name"] if own else opt.model_name
+    return opt, resumed
+
+
+def load_weights(model: nn.Module, resumed: dict, opt: argparse.Namespace) -> None:
+    """Load the weights of --resume; an InputError names the options that they cannot follow."""
+    try:
+        ckpt.load_weights(model, resumed, opt.resume)
+    except InputError:
+        then, now = vars(resumed["opt"]), vars(opt)
+        names = sorted(x for x in options.model_options() if then.get(x) != now.get(x))
+        if not names:
+            raise
+        said = "; ".join(f"--{x} {now.get(x)}, the checkpoint has {then.get(x)}" for x in names)
+        raise InputError(f"{opt.resume}: its weights cannot follow: {said}") from None
 
 
 def state_dict(

@@ -17,6 +17,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -26,22 +27,23 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 import checkpoint as ckpt
-import options
 import run_state
 import systems
-from bert import WordPieces, read_config
-from data import Drop, PrecompDataset, get_train_loader
-from evaluation import encode_data, score_matrix
+from batches import get_train_loader
+from bert import WordPieces
+from data import Drop, PrecompDataset
+from evaluation import encode_data, print_counts, rank_by, score_matrix
 from metrics import METRICS, numbers, retrieval_metrics
 from run_state import RunState
+from text_setup import check_words, read_vocab, set_text_encoder, start_from_vectors
 from util import cli, distributed
 from util.cli import InputError, progress, say
 from util.devices import pick_device, to_device
 from util.log import Average, NoWriter, StepLog, append_json, forget_epochs_from
 from util.memory import peak_mib
 from util.signals import Stop, StopSignal
-from util.word_vectors import read_vectors
-from vocab import Vocabulary, deserialize_vocab
+from util.worker_limits import explain
+from vocab import Vocabulary
 
 INTERRUPTED = "interrupted.pth.tar"
 
@@ -63,10 +65,10 @@ class Run:
 
 
 def main(argv: list[str] | None = None) -> None:
-    opt = options.parse(argv)
+    opt, resumed = run_state.read_options(argv)
     device = pick_device(opt.device)
     with distributed.process_group(device):
-        train(set_up(opt, device))
+        train(set_up(opt, device, resumed))
 
 
 # The loop
@@ -85,7 +87,9 @@ def train(run: Run) -> None:
                 log = StepLog(tb, opt.log_step, Average(state.loss_sum, state.loss_count))
                 validate_if_due(run, tb, stop)
                 log.restart()
-                for batch in progress(run.loader, f"epoch {state.epoch}"):
+                for batch in progress(
+                    batches_of(run, stop), f"epoch {state.epoch}", len(run.loader)
+                ):
                     log.batch_is_there()
                     size = size_of_batch(run)
                     loss = train_step(run, batch, size)
@@ -108,6 +112,27 @@ def train(run: Run) -> None:
             raise SystemExit(128 + (stop.received or signal.SIGTERM)) from None
         finally:
             stop.restore()
+
+
+def batches_of(run: Run, stop: StopSignal) -> Iterator[dict[str, torch.Tensor]]:
+    """The batches of an epoch that are left. A signal ends the wait for one.
+
+    Several processes stop together, at the check behind a step.
+    """
+    alone = distributed.world_size() == 1
+    try:
+        loader = iter(run.loader)
+        while True:
+            with stop if alone else contextlib.nullcontext():
+                batch = next(loader, None)
+            if batch is None:
+                return
+            yield batch
+    except (RuntimeError, OSError) as error:
+        said = explain(error)
+        if said is None:
+            raise
+        raise InputError(said) from None
 
 
 def train_step(run: Run, batch: dict[str, torch.Tensor], size: int) -> float:
@@ -184,10 +209,11 @@ def validate(
     start = time.time()
     stop.check()
     with contextlib.suppress(Stop), stop:  # the check that follows is where all processes meet
-        scores = score_matrix(model, *encode_data(model, dev_set), n_captions=dev_set.n_captions)
+        encoded = encode_data(model, dev_set)
+        scores = score_matrix(model, *encoded, n_captions=dev_set.n_captions)
     stop.check()
     distributed.all_reduce_sum(torch.from_numpy(scores))
-    metrics = retrieval_metrics(scores)
+    metrics = retrieval_metrics(scores, image_of=rank_by(dev_set))
     say(f"Image to text: {numbers(metrics['i2t'], ', ')}")
     say(f"Text to image: {numbers(metrics['t2i'], ', ')}")
     say(f"rsum: {metrics['rsum']:.1f} (step {step}, {time.time() - start:.1f} s)")
@@ -249,22 +275,24 @@ def open_writer(run: Run) -> SummaryWriter | NoWriter:
 # Setting up
 
 
-def set_up(opt: argparse.Namespace, device: torch.device) -> Run:
+def set_up(opt: argparse.Namespace, device: torch.device, resumed: dict | None = None) -> Run:
     """All that a run works with, from its options: fresh, or as a checkpoint left it."""
     print(opt)
     torch.manual_seed(opt.seed)
     system = systems.of(opt)
-    resumed = ckpt.load(opt.resume) if opt.resume else None
+    folder = system.find_data(opt.data_path, opt.data_name)
     set_text_encoder(opt, resumed)
     vocab = read_vocab(opt, resumed)
     opt.vocab_size = len(vocab)
-    folder = system.find_data(opt.data_path, opt.data_name)
     train_set = systems.open_split(folder, "train", vocab, opt)
     vars(opt).update(train_set.options_of_data)
+    check_words(opt, vocab, train_set)
     if opt.drop:
         keep_last = train_set.last_region_is_image
         train_set.drop = Drop(opt.obj_drop_rate, opt.seed, vocab, keep_last)
     dev_set = systems.open_split(folder, "dev", vocab, opt)
+    print(f"Validation split: dev of {folder}")
+    print_counts((dev_set.n_images, dev_set.n_captions), rank_by(dev_set))
     processes = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     pin = device.type == "cuda"
     loader = get_train_loader(
@@ -278,7 +306,7 @@ def set_up(opt: argparse.Namespace, device: torch.device) -> Run:
     run = Run(opt, device, vocab, loader, dev_set, model, model, criterion, optimizer, RunState())
     fresh = resumed is None or opt.reset_start_epoch
     if resumed:
-        ckpt.load_weights(model, resumed, opt.resume)
+        run_state.load_weights(model, resumed, opt)
         if not fresh:
             run_state.restore(
                 resumed, run.state, optimizer, criterion, opt, n_captions=len(train_set)
@@ -296,54 +324,6 @@ def set_up(opt: argparse.Namespace, device: torch.device) -> Run:
         prepare_folders(opt, fresh)
         forget_epochs_from(run.state.epoch, os.path.join(opt.logger_name, "log.jsonl"))
     return run
-
-
-def set_text_encoder(opt: argparse.Namespace, resumed: dict | None) -> None:
-    """Refuse another text encoder than that of --resume; set `opt.bert_config`.
-
-    Checkpoints hold the configuration of BERT, so that they need no folder of BERT's.
-    """
-    if resumed and resumed["opt"].text_enc_type != opt.text_enc_type:
-        kind = resumed["opt"].text_enc_type
-        raise InputError(f"{opt.resume}: give --text_enc_type {kind}, as it was trained with")
-    if opt.text_enc_type != "bert":
-        return
-    if resumed:
-        opt.bert_config = ckpt.find_bert_config(resumed, opt.resume, opt.bert_path)
-    else:
-        opt.bert_config = read_config(opt.bert_path)
-
-
-def read_vocab(opt: argparse.Namespace, resumed: dict | None) -> Vocabulary | WordPieces:
-    """The vocabulary file of the options, or BERT's; a resumed checkpoint must agree with it."""
-    if opt.text_enc_type == "bert":
-        if resumed:
-            published = resumed.get("vocab") is None
-            return ckpt.find_vocab(resumed, opt.resume, opt.bert_path if published else None)
-        rows = opt.bert_config["vocab_size"]
-        return WordPieces.read(opt.bert_path).check_rows(rows, opt.bert_path)
-    system = systems.of(opt)
-    path = system.vocab_file(opt.vocab_path, opt.data_name)
-    if resumed is None:
-        return system.vocabulary(deserialize_vocab(path), opt)
-    given = path if os.path.isfile(path) or resumed.get("vocab") is None else None
-    return ckpt.find_vocab(resumed, opt.resume, given)
-
-
-def start_from_vectors(model: nn.Module, vocab: Vocabulary, opt: argparse.Namespace) -> None:
-    """Fill the word embedding with the vectors of --wemb_path; they go on learning (Q12)."""
-    if opt.wemb_type not in ("glove", "fasttext") or not opt.wemb_path:
-        raise InputError(
-            f"--wemb_type {opt.wemb_type!r} --wemb_path {opt.wemb_path!r}: expected glove or "
-            "fasttext, and the file of vectors"
-        )
-    ids, vectors = read_vectors(opt.wemb_path, vocab, opt.word_dim)
-    weight = model.txt_enc.embed.weight
-    with torch.no_grad():
-        systems.of(opt).start_words(weight)
-        weight[torch.tensor(ids)] = vectors.to(weight.device)
-    missing = len(vocab) - len(ids)
-    print(f"Words: {len(ids)}/{len(vocab)} found in vocabulary; {missing} words missing")
 
 
 def prepare_folders(opt: argparse.Namespace, fresh: bool) -> None:

@@ -199,7 +199,8 @@ def test_a_caption_too_long_is_said_before_training(tiny, little):
 def test_the_text_encoder_of_a_run_stays(tiny, little):
     train.main(flags(num_epochs=1))
     with pytest.raises(InputError, match="give --text_enc_type bert, as it was trained with"):
-        train.main(train_args(num_epochs=2, resume="run/checkpoint_0.pth.tar"))
+        more = {"text_enc_type": "bigru", "resume": "run/checkpoint_0.pth.tar"}
+        train.main(train_args(num_epochs=2, **more))
     with pytest.raises(InputError, match="--optim cannot change on the way"):
         train.main(flags(num_epochs=2, optim="sgd", resume="run/checkpoint_0.pth.tar"))
     train.main(flags(num_epochs=1, optim="sgd", model_name="sgd", logger_name="sgd"))

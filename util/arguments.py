@@ -1,6 +1,7 @@
 """Argparse types for numbers; their errors name the numbers that are allowed."""
 
 import argparse
+import os
 from collections.abc import Callable
 
 
@@ -28,3 +29,11 @@ def fraction(text: str) -> float:
 
 COUNT, FROM_0 = number(int, 1), number(int, 0)
 POSITIVE, NOT_NEGATIVE = number(float, 0, strict=True), number(float, 0)
+
+
+def folder(text: str) -> str:
+    """An argparse type for paths: `~` is the home folder; a slash at the end does not count."""
+    return os.path.expanduser(text).rstrip(os.sep) or text
+
+
+FOLDER = folder

@@ -24,7 +24,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # when run by path
 
+from util.arguments import FOLDER  # noqa: E402
 from util.cli import InputError, progress, replacing, run  # noqa: E402
+from util.folders import find_folder  # noqa: E402
 from vocab import Vocabulary, deserialize_vocab, read_captions  # noqa: E402
 
 CHUNK = 1000  # captions between two writes to disk
@@ -219,8 +221,15 @@ def write(path: str, text: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--data_path", default="data", help="folder that holds DATA_NAME/")
-    parser.add_argument("--data_name", default="f30k_precomp", help="e.g. f30k_precomp")
-    parser.add_argument("--vocab_path", default="vocab", help="folder of DATA_NAME_vocab.json")
+    parser.add_argument(
+        "--data_name", default="f30k_precomp", type=FOLDER, help="e.g. f30k_precomp"
+    )
+    parser.add_argument(
+        "--vocab_path",
+        default="vocab",
+        type=FOLDER,
+        help="folder of DATA_NAME_vocab.json, or a file",
+    )
     parser.add_argument("--splits", nargs="+", help="default: all splits that have captions")
     parser.add_argument("--parser", default="spacy", choices=("spacy", "stanza", "corenlp"))
     parser.add_argument("--spacy_model", help="default: en_core_web_sm")
@@ -228,8 +237,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     parser.add_argument("--url", default="http://localhost:9000", help="url of the CoreNLP server")
     opt = parser.parse_args(argv)
-    folder = os.path.join(opt.data_path, opt.data_name)
-    vocab = deserialize_vocab(os.path.join(opt.vocab_path, f"{opt.data_name}_vocab.json"))
+    folder = find_folder(opt.data_path, opt.data_name)
+    path = opt.vocab_path
+    if not path.endswith((".json", ".pkl")):
+        path = os.path.join(path, f"{opt.data_name}_vocab.json")
+    vocab = deserialize_vocab(path)
     splits = opt.splits or [
         split
         for split in ("train", "dev", "test", "testall")
@@ -255,4 +267,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, clean_up=True)

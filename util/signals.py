@@ -1,6 +1,7 @@
 """Handle Ctrl-C and SIGTERM during a long run."""
 
 import signal
+import threading
 
 from util import distributed
 
@@ -15,16 +16,17 @@ class StopSignal:
     An optimizer step must not be interrupted. A validation changes nothing, so it may stop
     anywhere: it runs within `with`, and a `check` follows it. Several processes all stop at the
     same check. Python itself handles a second signal; several processes ignore it, because torchrun
-    sends Ctrl-C again.
+    sends Ctrl-C again. Outside of the main thread, where Python allows no handlers, nothing is
+    changed: signals are then the main thread's.
     """
 
     def __init__(self):
         self.received: int | None = None
         self.at_once = False
-        self.before = {
-            number: signal.signal(number, self._handle)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        if threading.current_thread() is not threading.main_thread():
+            numbers = ()
+        self.before = {number: signal.signal(number, self._handle) for number in numbers}
 
     def _handle(self, number, frame):
         if distributed.world_size() > 1:

@@ -1,0 +1,88 @@
+"""What a run needs of words: its vocabulary, word vectors to start from, BERT's configuration."""
+
+import argparse
+import os
+
+import torch
+from torch import nn
+
+import checkpoint as ckpt
+import systems
+from bert import WordPieces, read_config
+from data import PrecompDataset
+from util.cli import InputError
+from util.fingerprint import other_captions
+from util.word_vectors import read_vectors
+from vocab import HOPELESS, SUSPICIOUS, Vocabulary, check_captions, deserialize_vocab
+
+
+def set_text_encoder(opt: argparse.Namespace, resumed: dict | None) -> None:
+    """Refuse another text encoder than that of --resume; set `opt.bert_config`.
+
+    Checkpoints hold the configuration of BERT, so that they need no folder of BERT's.
+    """
+    if resumed and resumed["opt"].text_enc_type != opt.text_enc_type:
+        kind = resumed["opt"].text_enc_type
+        raise InputError(f"{opt.resume}: give --text_enc_type {kind}, as it was trained with")
+    if opt.text_enc_type != "bert":
+        return
+    if resumed:
+        opt.bert_config = ckpt.find_bert_config(resumed, opt.resume, opt.bert_path)
+    else:
+        opt.bert_config = read_config(opt.bert_path)
+
+
+def read_vocab(opt: argparse.Namespace, resumed: dict | None) -> Vocabulary | WordPieces:
+    """The vocabulary file of the options, or BERT's; a resumed checkpoint must agree with it."""
+    if opt.text_enc_type == "bert":
+        if resumed:
+            published = resumed.get("vocab") is None
+            return ckpt.find_vocab(resumed, opt.resume, opt.bert_path if published else None)
+        rows = opt.bert_config["vocab_size"]
+        return WordPieces.read(opt.bert_path).check_rows(rows, opt.bert_path)
+    if resumed is None:
+        path = ckpt.vocab_file(opt.vocab_path, opt)
+        return systems.of(opt).vocabulary(deserialize_vocab(path), opt)
+    # On other data too, the vocabulary is that of the data that the checkpoint was trained on.
+    path = ckpt.vocab_file(opt.vocab_path, resumed["opt"])
+    given = path if os.path.isfile(path) or resumed.get("vocab") is None else None
+    return ckpt.find_vocab(resumed, opt.resume, given)
+
+
+def check_words(opt: argparse.Namespace, vocab: Vocabulary, train_set: PrecompDataset) -> None:
+    """Warn of a vocabulary of other captions, or refuse it if most of their words are unknown."""
+    folder = os.path.dirname(train_set.path)
+    unknown, words = train_set.n_unknown, train_set.n_words
+    kind = "sent_caps" if train_set.caption_path.endswith("_sent_caps.txt") else "caps"
+    if not opt.resume:
+        source = ckpt.vocab_file(opt.vocab_path, opt)
+        check_captions(vocab, folder, unknown, words, source, opt.allow_unknown, kind)
+        return
+    # A checkpoint keeps its vocabulary: another one would not help.
+    share = unknown / max(words, 1)
+    own = vocab.pieces or (vocab.captions and not other_captions(vocab.captions, folder, kind))
+    if own or share <= SUSPICIOUS:
+        return
+    said = (
+        f"{opt.resume}: {unknown:,} of the {words:,} words of train ({100 * share:.1f} %) are not "
+        "in its vocabulary, which was built from other captions and cannot change"
+    )
+    if share > HOPELESS and not opt.allow_unknown:
+        raise InputError(f"{said}; train afresh, or --allow_unknown goes on with it all the same")
+    print(f"warning: {said}: these words become {vocab.unknown}")
+
+
+def start_from_vectors(model: nn.Module, vocab: Vocabulary, opt: argparse.Namespace) -> None:
+    """Fill the word embedding with the vectors of --wemb_path; they go on learning (Q12)."""
+    if opt.wemb_type not in ("glove", "fasttext") or not opt.wemb_path:
+        raise InputError(
+            f"--wemb_type {opt.wemb_type!r} --wemb_path {opt.wemb_path!r}: expected glove or "
+            "fasttext, and the file of vectors"
+        )
+    ids, vectors = read_vectors(opt.wemb_path, vocab, opt.word_dim)
+    weight = model.txt_enc.embed.weight
+    with torch.no_grad():
+        systems.of(opt).start_words(weight)
+        weight[torch.tensor(ids)] = vectors.to(weight.device)
+    missing = len(vocab) - len(ids)
+    print(f"Words: {len(ids)}/{len(vocab)} found in vocabulary; {missing} words missing")

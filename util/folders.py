@@ -1,0 +1,43 @@
+"""Find the folder of a data set."""
+
+import os
+from collections.abc import Sequence
+
+
+def find_folder(data_path: str, data_name: str, places: Sequence[str] = ()) -> str:
+    """The folder of the data set `data_name`, at one of `places` or at data_path/data_name.
+
+    If `data_path` is that folder itself, it is taken. Raises FileNotFoundError that says which
+    flags would find the data.
+    """
+    data_path, data_name = os.path.expanduser(data_path), data_name.rstrip(os.sep)
+    usual = os.path.join(data_path, data_name)
+    for folder in places or (usual,):
+        if os.path.isdir(folder):
+            return folder
+    itself = os.path.normpath(data_path)
+    parent, name = os.path.split(os.path.abspath(itself))
+    if holds_splits(itself):
+        if name == data_name:
+            return itself
+        raise FileNotFoundError(
+            f"{usual}: no such data folder, but {data_path} is one: give --data_path "
+            f"{os.path.dirname(itself) or ('.' if itself != '.' else parent)} --data_name {name}"
+        )
+    there = ", ".join(
+        x for x in list_folders(data_path) if holds_splits(os.path.join(data_path, x))
+    )
+    hint = f" (there are {there})" if there else ""
+    raise FileNotFoundError(f"{usual}: no such data folder; give --data_path its parent{hint}")
+
+
+def list_folders(folder: str) -> list[str]:
+    if not os.path.isdir(folder):
+        return []
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+
+
+def holds_splits(folder: str) -> bool:
+    """Whether a folder holds features or captions of a split."""
+    ends = "_ims.npy", "_caps.txt"
+    return os.path.isdir(folder) and any(name.endswith(ends) for name in os.listdir(folder))
