@@ -134,14 +134,17 @@ def main(argv: list[str] | None = None) -> None:
     picture = folder / "pictures" / opt.split / f"{name}.png"
     if not picture.is_file():
         raise InputError(f"{picture}: no such picture; draw the set with util/demo_data.py")
-    boxes = open_array(str(folder / f"{opt.split}_ims_bbx.npy"), ndim=3)  # (rows, R, 4)
+    boxes = open_array(
+        str(folder / f"{opt.split}_ims_bbx.npy"), ndim=3, integers=True
+    )  # (rows, R, 4)
     lines = read_captions(str(folder / f"{opt.split}_caps.txt"))
     text = re.sub(r" (?=[.,;])", "", lines[opt.caption])
     weights, scores = attend(model, dataset, opt.caption)  # (W, R), (I,)
     rank = 1 + int((scores > scores[image]).sum())
     below = f"{systems.of(options).title} ranks this scene no. {rank} of {len(scores):,}"
     words = content_words(item["captions"], vocab)
-    draw(opt.out, picture, text, below, words, weights.numpy(), boxes[image * dataset.stride])
+    of_image = boxes[int(dataset.rows[image])][: weights.size(1)]  # (R, 4), without filling
+    draw(opt.out, picture, text, below, words, weights.numpy(), of_image)
     print(f"{opt.out}: {text} ({below})")
 
 

@@ -125,7 +125,8 @@ def published_evalrank(path: str, data_path: str, batch_size: int, device: torch
         pad = longest - captions["words"].size(1)
         words.append(torch.nn.functional.pad(captions["words"], (0, 0, 0, pad)))
         lengths += captions["lengths"].tolist()
-    regions, words = torch.cat(regions)[:: dataset.k], torch.cat(words)
+    k = dataset.n_captions // dataset.n_images
+    regions, words = torch.cat(regions)[::k], torch.cat(words)
     scores = np.zeros((len(regions), len(words)), np.float32)
     config = model.config
     numbers = config.raw_feature_norm, config.agg_func, config.lambda_softmax, config.lambda_lse

@@ -3,7 +3,7 @@
 #   bash scripts/chan_f30k_bert.sh DATA_PATH [--bert_path FOLDER]
 # Its authors give no flags for this row; these are the flags of the COCO row.
 name=chan_f30k_bert
-title="CHAN BERT, Flickr30K, 1,000 test images"
+title="CHAN BERT, Flickr30K"
 data_name=f30k_precomp
 paper="80.6 96.1 97.8 63.9 87.5 92.6"
 bert=yes

@@ -2,7 +2,7 @@
 # CHAN with its bi-GRU (CVPR 2023) on Flickr30K, 1,000 test images, from GloVe's vectors:
 #   bash scripts/chan_f30k_bigru.sh DATA_PATH --wemb_path glove.840B.300d.txt
 name=chan_f30k_bigru
-title="CHAN bi-GRU, Flickr30K, 1,000 test images"
+title="CHAN bi-GRU, Flickr30K"
 data_name=f30k_precomp
 paper="79.7 94.5 nan 60.2 85.3 nan"
 flags=(

@@ -9,15 +9,16 @@ All systems get the flags of PROTOCOL; each also gets the flags of its own row (
 decides how many whole epochs fit (at least two). The learning rate is divided by ten after 70 % of
 the epochs. The best epoch on dev is tested. The script writes table.md (means over the seeds, and
 the standard deviation of the sample) and table.csv (one row per run) to --out. If it is stopped,
-the same command continues after the last whole epoch; with other flags, earlier runs move to
-earlier_1. If there is no test split, dev becomes the test split, and the last tenth of the training
-images (at most 200) becomes dev.
+the same command continues after the last whole epoch; with other flags or other captions, earlier
+runs move to earlier_1. If there is no test split, dev becomes the test split, the last tenth of the
+training images (at most 200) becomes dev, and the vocabulary is built from the new train and dev.
 """
 
 import argparse
 import csv
 import json
 import math
+import os
 import shlex
 import signal
 import statistics
@@ -36,13 +37,14 @@ import evaluation
 import options
 import systems
 import vocab
-from data import repeats
+from caption_images import CaptionImages, caption_images
 from scripts.benchmark import machine
 from system import System
-from util.arguments import COUNT, FROM_0, POSITIVE
+from util.arguments import COUNT, FOLDER, FROM_0, POSITIVE
 from util.arrays import open_array, read_sizes
 from util.cli import InputError, replacing, run
 from util.devices import pick_device
+from util.fingerprint import fingerprint
 from vocab import read_captions
 
 PROTOCOL = (
@@ -66,37 +68,59 @@ def own_flags(system: str) -> str:
 
 def hold_out(source: Path, folder: Path) -> None:
     """Write a data set: its dev is the end of the training images, its test is the source's dev."""
-    train_images = open_array(str(source / "train_ims.npy"), 3)
-    rows = len(train_images)
-    stride = repeats(train_images, len(read_captions(source / "train_caps.txt")) // rows)
-    n = min(HELD_OUT, rows // 10) // stride * stride
-    if not n:
-        raise InputError(f"{source}: {rows} training images, too few to cut dev off")
-    parts = [("train", "train", slice(0, rows - n)), ("dev", "train", slice(rows - n, rows))]
-    for split, old, some in (*parts, ("test", "dev", slice(None))):
-        for name in ("ims", "ims_bbx", "boxes"):
-            path = source / f"{old}_{name}.npy"
-            if path.is_file():
-                np.save(folder / f"{split}_{name}.npy", open_array(str(path), 3)[some])
-        path = source / f"{old}_ims_size.npy"
-        images = len(open_array(str(source / f"{old}_ims.npy"), 3))
-        if path.is_file():
-            sizes = read_sizes(str(path), images)[some]
-            kind = [("image_w", "<f4"), ("image_h", "<f4")]
-            np.save(folder / f"{split}_ims_size.npy", np.array([tuple(x) for x in sizes], kind))
-        captions = read_captions(source / f"{old}_caps.txt")
-        k, left = divmod(len(captions), images)
-        if left:
-            raise InputError(
-                f"{source}/{old}_caps.txt: {len(captions)} captions for {images} images; expected "
-                "a multiple"
-            )
-        kept = captions[slice(*(x * k for x in some.indices(images)[:2]))]
-        (folder / f"{split}_caps.txt").write_text("".join(f"{x}\n" for x in kept), "utf-8")
+    for old in ("train", "dev"):
+        images = open_array(str(source / f"{old}_ims.npy"), 3)
+        text = source / f"{old}_caps.txt"
+        captions = read_captions(text)
+        pairs = caption_images(str(source / old), images, str(text), len(captions))
+        first = len(pairs.rows)
+        if old == "train":
+            first -= min(HELD_OUT, first // 10)
+            if first == len(pairs.rows):
+                raise InputError(f"{source}: {first} training images, too few to cut dev off")
+            rest = range(first, len(pairs.rows))
+            write_part(source / old, pairs, captions, rest, folder / "dev")
+        split = "train" if old == "train" else "test"
+        write_part(source / old, pairs, captions, range(first), folder / split)
+
+
+def write_part(
+    old: Path, pairs: CaptionImages, captions: list[str], some: range, new: Path
+) -> None:
+    """Write some of the images of the split `old`, a row per image, and their captions as `new`.
+
+    The captions stand image by image: with one caption per image, a row and a line are a pair.
+    """
+    rows = pairs.rows[some.start : some.stop].tolist()
+    stored = len(open_array(f"{old}_ims.npy", 3))
+    for name in ("ims", "ims_bbx", "boxes", "num_boxes"):
+        path = f"{old}_{name}.npy"
+        if not os.path.isfile(path):
+            continue
+        array = open_array(path, 1 if name == "num_boxes" else 3, integers=name != "ims")
+        if len(array) != stored:
+            raise InputError(f"{path}: {len(array)} rows, but {old}_ims.npy has {stored}")
+        shape = (len(rows), *array.shape[1:])
+        part = np.lib.format.open_memmap(f"{new}_{name}.npy", "w+", array.dtype, shape)
+        for place, row in enumerate(rows):  # one row in memory at a time
+            part[place] = array[row]
+        part.flush()
+    path = f"{old}_ims_size.npy"
+    if os.path.isfile(path):
+        np.save(f"{new}_ims_size.npy", read_sizes(path, stored)[rows])
+    image_of = pairs.image_of.tolist()
+    kept = [k for k in pairs.image_of.argsort(stable=True).tolist() if image_of[k] in some]
+    Path(f"{new}_caps.txt").write_text("".join(f"{captions[k]}\n" for k in kept), "utf-8")
+    table = "".join(f"{image_of[k] - some.start}\n" for k in kept)
+    Path(f"{new}_caption_image.txt").write_text(table)
 
 
 def prepare(opt: argparse.Namespace) -> list[str]:
-    """Make missing data (splits, blocks, vocabulary). Returns the flags of train.py for it."""
+    """Make missing data (splits, blocks, vocabulary). Returns the flags of train.py for it.
+
+    Sets `opt.captions`, the fingerprint of the captions. Raises InputError, also if the vocabulary
+    is of other captions.
+    """
     folder = Path(System().find_data(opt.data_path, opt.data_name))
     if opt.split != "test" and not (folder / f"{opt.split}_ims.npy").is_file():
         raise FileNotFoundError(f"{folder}/{opt.split}_ims.npy: no such file; give another --split")
@@ -105,7 +129,7 @@ def prepare(opt: argparse.Namespace) -> list[str]:
         cut.mkdir(parents=True, exist_ok=True)
         print(
             f"notice: {folder}: no test split: dev becomes the test split, and a new dev is cut "
-            f"off train, in {cut}"
+            f"off train, in {cut}; the vocabulary of this data is in {opt.out}/vocab"
         )
         files = sorted(folder.glob("*_*.*"))
         source = {str(x.resolve()): [x.stat().st_size, x.stat().st_mtime] for x in files}
@@ -116,8 +140,7 @@ def prepare(opt: argparse.Namespace) -> list[str]:
         elif json.loads(mark.read_text()) != source:
             raise InputError(f"{cut}: made from other data than {folder}; give another --out")
         folder = cut
-        if not (Path(opt.vocab_path) / f"{opt.data_name}_vocab.json").is_file():
-            opt.vocab_path = str(Path(opt.out) / "vocab")  # from fewer captions
+        opt.vocab_path = str(Path(opt.out) / "vocab")  # from fewer captions
     for name in opt.systems:
         for split in ("train", "dev", opt.split):
             try:
@@ -125,9 +148,15 @@ def prepare(opt: argparse.Namespace) -> list[str]:
             except FileNotFoundError as error:
                 raise InputError(f"{error}; or leave {name} out of --systems") from None
     data = ["--data_path", str(folder.parent), "--data_name", opt.data_name]
-    words = Path(opt.vocab_path) / f"{opt.data_name}_vocab.json"
-    if not words.is_file():
-        vocab.main([*data, "--out", str(words)])
+    words = Path(opt.vocab_path)
+    if words.suffix not in (".json", ".pkl"):
+        words /= f"{opt.data_name}_vocab.json"
+    words = vocab.existing_file(words)
+    if os.path.isfile(words):
+        vocab.check_file(words, str(folder))
+    else:
+        vocab.main([*data, "--out", words])
+    opt.captions = fingerprint(folder)
     numbers = open_array(str(folder / "train_ims.npy"), 3).shape[2]
     return [*data, "--vocab_path", opt.vocab_path, "--img_dim", str(numbers)]
 
@@ -190,6 +219,7 @@ def one_run(
     folder = Path(opt.out) / f"{system}_seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     asked = {"flags": flags, "minutes": opt.minutes, "num_epochs": opt.num_epochs}
+    asked["captions"] = opt.captions  # other data may lie under the same name
     known = folder / "asked.json"
     if not known.is_file() or json.loads(known.read_text()) != asked:
         if known.is_file():
@@ -288,13 +318,20 @@ def main(argv: list[str] | None = None) -> None:
         usage="%(prog)s [-h] --data_path DATA_PATH --data_name DATA_NAME (--minutes M | "
         "--num_epochs N) [...] [-- flags of train.py for all]",
     )
-    parser.add_argument("--data_path", required=True, help="folder that holds DATA_NAME/")
-    parser.add_argument("--data_name", required=True, help="e.g. f30k_precomp")
     parser.add_argument(
-        "--vocab_path", default="vocab", help="folder of the vocabulary; built if missing"
+        "--data_path", type=FOLDER, required=True, help="folder that holds DATA_NAME/"
+    )
+    parser.add_argument("--data_name", type=FOLDER, required=True, help="e.g. f30k_precomp")
+    parser.add_argument(
+        "--vocab_path",
+        default="vocab",
+        type=FOLDER,
+        help="folder of the vocabulary, or its file; built if missing",
     )
     parser.add_argument(
-        "--out", help="folder of the runs and tables; default: runs/compare_{data_name}"
+        "--out",
+        type=FOLDER,
+        help="folder of the runs and tables; default: runs/compare_{data_name}",
     )
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--minutes", type=POSITIVE, help="wall time of each training")

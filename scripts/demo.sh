@@ -8,7 +8,6 @@ run=runs/demo
 
 "$PYTHON" util/demo_data.py --out data
 "$PYTHON" vocab.py --data_path data --data_name demo_precomp
-rm -rf "$run"
 "$PYTHON" train.py --data_path data --data_name demo_precomp --vocab_path vocab \
   --model_name "$run" --logger_name "$run" --workers 1 --log_step 50 --val_step 0 \
   --img_dim 256 --embed_size 256 --word_dim 128 --batch_size 128 \

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # GSMN dense (CVPR 2020) on MS-COCO 1K, mean of five folds: bash scripts/gsmn_coco_dense.sh DATA_PATH
 name=gsmn_coco_dense
-title="GSMN dense, MS-COCO 1K, mean of five folds"
+title="GSMN dense, MS-COCO"
 data_name=coco_precomp
 paper=""
 flags=(

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # GSMN sparse (CVPR 2020) on MS-COCO 1K, mean of five folds: bash scripts/gsmn_coco_sparse.sh DATA_PATH
 name=gsmn_coco_sparse
-title="GSMN sparse, MS-COCO 1K, mean of five folds"
+title="GSMN sparse, MS-COCO"
 data_name=coco_precomp
 paper=""
 dependencies=yes

@@ -3,7 +3,7 @@
 #   bash scripts/gsmn_f30k_ensemble.sh DATA_PATH [CHECKPOINT CHECKPOINT]
 # For published weights name the two checkpoints.
 name=gsmn_f30k_ensemble
-title="GSMN dense + sparse, Flickr30K, 1,000 test images"
+title="GSMN dense + sparse, Flickr30K"
 data_name=f30k_precomp
 paper="76.4 94.3 97.3 57.4 82.3 89.0"
 paper_5k=""

@@ -2,7 +2,7 @@
 # GSMN sparse (CVPR 2020) on Flickr30K, 1,000 test images: bash scripts/gsmn_f30k_sparse.sh DATA_PATH
 # The row beside ours is what its authors report for the weights they published.
 name=gsmn_f30k_sparse
-title="GSMN sparse, Flickr30K, 1,000 test images (paper: as its authors report their weights)"
+title="GSMN sparse, Flickr30K (paper: as its authors report their weights)"
 data_name=f30k_precomp
 paper="72.8 91.0 95.8 52.8 78.8 85.6"
 dependencies=yes

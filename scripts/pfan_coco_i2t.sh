@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # PFAN i-t (IJCAI 2019) on MS-COCO 1K, mean of five folds: bash scripts/pfan_coco_i2t.sh DATA_PATH
 name=pfan_coco_i2t
-title="PFAN i-t, MS-COCO 1K, mean of five folds"
+title="PFAN i-t, MS-COCO"
 data_name=coco_precomp
 paper=""
 positions=yes

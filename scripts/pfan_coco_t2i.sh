@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # PFAN t-i (IJCAI 2019) on MS-COCO 1K, mean of five folds: bash scripts/pfan_coco_t2i.sh DATA_PATH
 name=pfan_coco_t2i
-title="PFAN t-i, MS-COCO 1K, mean of five folds"
+title="PFAN t-i, MS-COCO"
 data_name=coco_precomp
 paper=""
 positions=yes

@@ -2,7 +2,7 @@
 # PFAN-A t-i + i-t on Flickr30K, from the two trained models:
 #   bash scripts/pfan_f30k_ensemble.sh DATA_PATH [CHECKPOINT CHECKPOINT]
 name=pfan_f30k_ensemble
-title="PFAN t-i + i-t, Flickr30K, 1,000 test images"
+title="PFAN t-i + i-t, Flickr30K"
 data_name=f30k_precomp
 paper="70.0 91.8 95.0 50.4 78.7 86.1"
 paper_5k=""

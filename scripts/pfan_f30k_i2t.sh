@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # PFAN i-t (IJCAI 2019) on Flickr30K: bash scripts/pfan_f30k_i2t.sh DATA_PATH
 name=pfan_f30k_i2t
-title="PFAN i-t, Flickr30K, 1,000 test images"
+title="PFAN i-t, Flickr30K"
 data_name=f30k_precomp
 paper=""
 positions=yes

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # PFAN-P i-t, position-only (IJCAI 2019), on Flickr30K: bash scripts/pfan_f30k_only_i2t.sh DATA_PATH
 name=pfan_f30k_only_i2t
-title="PFAN-P (position only) i-t, Flickr30K, 1,000 test images"
+title="PFAN-P (position only) i-t, Flickr30K"
 data_name=f30k_precomp
 paper=""
 positions=yes

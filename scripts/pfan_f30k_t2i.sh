@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # PFAN t-i (IJCAI 2019) on Flickr30K: bash scripts/pfan_f30k_t2i.sh DATA_PATH
 name=pfan_f30k_t2i
-title="PFAN t-i, Flickr30K, 1,000 test images"
+title="PFAN t-i, Flickr30K"
 data_name=f30k_precomp
 paper=""
 positions=yes

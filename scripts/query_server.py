@@ -45,14 +45,17 @@ def json_lines(path: str) -> list:
 
 
 class Records:
-    """Bottom-up-attention records by image id; each is read from its file when it is needed."""
+    """Bottom-up-attention records by image id; each is read from its file when it is needed.
+
+    Of several rows with one id the last counts, as published.
+    """
 
     def __init__(self, path: str):
         self.path, self.places = path, {}
         with open(path, "rb") as lines:
             start = 0
             for line in lines:
-                self.places.setdefault(line.partition(b"\t")[0].decode(errors="replace"), start)
+                self.places[line.partition(b"\t")[0].decode(errors="replace")] = start
                 start += len(line)
 
     def __contains__(self, image_id: str) -> bool:

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +10,11 @@ import time
 import numpy as np
 import pytest
 
+import vocab
+from caption_images import caption_images
 from scripts import compare
 from tests.conftest import read_log
+from util.arrays import read_sizes
 from util.cli import InputError
 
 TINY = "-- --embed_size 16 --word_dim 6 --batch_size 50 --workers 0"
@@ -143,17 +145,136 @@ def test_dev_is_cut_off_train_where_there_is_no_test(tiny_graphs, capsys):
         file.write("one more\n")
     with pytest.raises(InputError, match="made from other data than .*; give another --out"):
         compare.main([*ARGS, "--num_epochs", "1", "--systems", "pfan", *TINY.split()])
-    with pytest.raises(InputError, match="101 captions for 20 images; expected a multiple"):
+    with pytest.raises(InputError, match="101 captions for the 20 rows"):
         compare.main([*ARGS, "--num_epochs", "1", "--out", "new"])
 
 
-def test_a_vocabulary_of_cut_data_stays_with_it(tiny):
+def write_uneven(folder, rng, split, counts, per_caption, shuffle):
+    """A split whose images have so many captions; says which is whose, and gives all pairs."""
+    n = len(counts)
+    images = rng.normal(size=(n, 4, 6)).astype(np.float16)
+    of = np.repeat(np.arange(n), counts)
+    of = rng.permutation(of) if shuffle else of
+    captions = [f"a caption {k} of {image}" for k, image in enumerate(of.tolist())]
+    rows = of if per_caption else np.arange(n)
+    arrays = {"ims": images, "boxes": rng.random((n, 4, 7)), "num_boxes": rng.integers(1, 5, n)}
+    arrays["ims_bbx"] = rng.integers(0, 90, (n, 4, 4))
+    arrays["ims_size"] = rng.integers(90, 99, (n, 2))
+    for name, array in arrays.items():
+        np.save(folder / f"{split}_{name}.npy", array[rows])
+    (folder / f"{split}_caps.txt").write_text("".join(f"{x}\n" for x in captions))
+    if not per_caption:
+        (folder / f"{split}_caption_image.txt").write_text("".join(f"{x}\n" for x in of))
+
+
+def read_pairs(folder, split):
+    """All that belongs to each caption of a split, in the order of images; how many images."""
+    captions = (folder / f"{split}_caps.txt").read_text().splitlines()
+    images = np.load(folder / f"{split}_ims.npy")
+    names = "ims", "ims_bbx", "boxes", "num_boxes"
+    arrays = [np.load(folder / f"{split}_{name}.npy") for name in names]
+    arrays.append(read_sizes(f"{folder}/{split}_ims_size.npy", len(images)))
+    stem = str(folder / split)
+    found = caption_images(stem, images, f"{stem}_caps.txt", len(captions))
+    pairs = [
+        (captions[k], *(array[row].tobytes() for array in arrays))
+        for k, row in enumerate(found.rows[found.image_of].tolist())
+    ]
+    return [pairs[k] for k in found.image_of.argsort(stable=True)], len(found.rows)
+
+
+@pytest.mark.parametrize("per_caption", [True, False])
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("counts", ["uneven", "one", "some_none", "one_at_the_end"])
+def test_cut_data_are_the_pairs_of_the_whole(tmp_path, per_caption, shuffle, counts):
+    rng = np.random.default_rng(3)
+    for split, n in (("train", 37), ("dev", 11)):
+        many = {"one": np.ones(n, int), "some_none": rng.integers(0, 3, n)}
+        many = many.get(counts, rng.integers(1, 8, n))
+        if counts == "one_at_the_end":
+            many[-9:] = 1
+        write_uneven(tmp_path, rng, split, many, per_caption, shuffle)
+    (tmp_path / "cut").mkdir()
+    compare.hold_out(tmp_path, tmp_path / "cut")
+    (train, n), (old_dev, old_n) = read_pairs(tmp_path, "train"), read_pairs(tmp_path, "dev")
+    (kept, n_kept), (dev, n_dev) = (read_pairs(tmp_path / "cut", s) for s in ("train", "dev"))
+    assert kept + dev == train and n_kept + n_dev == n and n_dev == n // 10
+    assert read_pairs(tmp_path / "cut", "test") == (old_dev, old_n)
+    assert len(np.load(tmp_path / "cut/train_ims.npy")) == n_kept  # a row per image
+    for name in ("ims", "ims_bbx", "boxes", "num_boxes"):
+        new, old = (np.load(x / f"train_{name}.npy") for x in (tmp_path / "cut", tmp_path))
+        assert new.dtype == old.dtype
+
+
+def test_arrays_with_other_rows_than_the_features_are_not_cut(tmp_path):
+    rng = np.random.default_rng(3)
+    for split in ("train", "dev"):
+        write_uneven(tmp_path, rng, split, [5] * 20, True, False)
+    (tmp_path / "cut").mkdir()
+    for name in ("num_boxes", "boxes", "ims_bbx", "ims_size"):  # a row per image
+        whole = np.load(tmp_path / f"train_{name}.npy")
+        np.save(tmp_path / f"train_{name}.npy", whole[::5])
+        with pytest.raises(InputError, match=f"train_{name}.npy: .*20.* 100|expected 100, one"):
+            compare.hold_out(tmp_path, tmp_path / "cut")
+        np.save(tmp_path / f"train_{name}.npy", whole)
+
+
+@pytest.mark.parametrize("words", ["vocab", "own.json"])
+def test_the_vocabulary_is_that_of_the_captions(tiny, monkeypatch, words):
+    """As the row scripts; a file is taken too. Runs on other captions are not taken for these."""
+    trained = []
+    args = [*ARGS, "--num_epochs", "1", "--systems", "scan", "--vocab_path", words, *TINY.split()]
+    compare.main(args)
+    path = tiny / ("vocab/tiny_precomp_vocab.json" if words == "vocab" else words)
+    before = path.read_bytes()
+    captions = tiny / "data/tiny_precomp/train_caps.txt"
+    captions.write_text(captions.read_text().replace("red", "crimson"))
+    with pytest.raises(InputError, match=f"{path.name}: it was built from other captions.* move"):
+        compare.main(args)
+    assert path.read_bytes() == before
+    path.unlink()
+
+    def train(folder, flags):
+        trained.append(flags)
+        raise InputError("trained")
+
+    monkeypatch.setattr(compare, "train", train)
+    with pytest.raises(InputError, match="trained"):
+        compare.main(args)
+    assert "crimson" in path.read_text() and len(trained) == 1
+    assert (tiny / "out/scan_seed0/earlier_1/result_test.json").is_file()
+
+
+def test_a_vocabulary_of_cut_data_stays_with_it(tiny, capsys):
+    """Its train and dev are not those of vocab/."""
     data = tiny / "data/tiny_precomp"
     for path in data.glob("test_*"):
         path.unlink()
-    shutil.rmtree("vocab")
     compare.main([*ARGS, "--num_epochs", "1", "--systems", "scan", *TINY.split()])
-    assert (tiny / "out/vocab/tiny_precomp_vocab.json").is_file() and not (tiny / "vocab").exists()
+    assert "the vocabulary of this data is in out/vocab" in capsys.readouterr().out
+    vocab.check_file("out/vocab/tiny_precomp_vocab.json", "out/data/tiny_precomp")
+    vocab.check_file("vocab/tiny_precomp_vocab.json", "data/tiny_precomp")
+    assert "warning" not in (tiny / "out/scan_seed0/train.log").read_text()
+
+
+def test_folders_with_odd_names(tiny, capsys):
+    """A pattern made of them would find nothing: a second run would overwrite the first."""
+    odd = tiny / "lr[2e-4] *?"
+    (tiny / "data").rename(odd)
+    for path in (odd / "tiny_precomp").glob("test_*"):
+        path.unlink()
+    args = ["--data_path", f"{odd}/tiny_precomp/", "--data_name", "tiny_precomp/", "--out"]
+    args += [f"{odd}/out/", "--systems", "scan", *TINY.split()]
+    compare.main(["--num_epochs", "1", *args])
+    run = odd / "out" / "scan_seed0"
+    first = (run / "result_test.json").read_text()
+    compare.main(["--num_epochs", "1", *args])
+    assert f"{run}: done before" in capsys.readouterr().out
+    compare.main(["--num_epochs", "2", *args])
+    assert (run / "earlier_1" / "result_test.json").read_text() == first
+    assert len(read_log(run / "earlier_1")) == 1 and len(read_log(run)) == 2
+    assert (odd / "out" / "earlier_1" / "table.md").is_file()
+    assert sorted(x.name for x in tiny.iterdir()) == ["lr[2e-4] *?", "vocab"]
 
 
 def test_published_positions_need_no_boxes(tiny_positions):

@@ -65,6 +65,15 @@ def test_the_client_writes_result_lines_and_map_reads_them(server, tiny_position
     assert out[2].startswith("MAP@3: nan") and f"{metrics['map']:.4f}" in out[3]
 
 
+def test_the_last_of_several_rows_of_an_image_counts(tmp_path):
+    path = tmp_path / "test_own.tsv.0"
+    rows = [("7", 100), ("8", 200), ("7", 300), ("9", 400), ("7", 500), ("9", 600)]
+    path.write_text("".join(f"{image}\t{width}\t50\t1\tAA\tAA\n" for image, width in rows))
+    records = query_server.Records(str(path))
+    assert {image: records[image]["image_w"] for image in "789"} == {"7": 500, "8": 200, "9": 600}
+    assert "10" not in records
+
+
 def spoil_line(name, text):
     def spoil(folder):
         lines = (folder / name).read_text().splitlines()
