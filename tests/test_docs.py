@@ -164,7 +164,7 @@ FAULTS = [
     (quirk_faults, "docs/quirks.md", ADD, "| Q80 | |\n", "Q80 stands in one table only"),
     (quirk_faults, "docs/quirks.md", ADD, "| Q80 | x |\n", "Q80: no file named"),
     (quirk_faults, "data.py", ADD, "# Q99\n", "Q99 is cited, but not on the page"),
-    (quirk_faults, "*.py", r"\bQ3\b", "", "Q3: data.py does not cite it"),
+    (quirk_faults, "*.py", r"\bQ27\b", "", "Q27: batches.py does not cite it"),
     (missing_names, "docs/quirks.md", ADD, f"{TESTS} `anchors`, `test_none`", "no test_none"),
     (missing_names, "docs/quirks.md", ADD, "[x](../none.py) `none`", "../none.py: no none"),
     (missing_names, "docs/quirks.md", ADD, f"| Q80 | {TESTS} |", "Q80: no test named"),
