@@ -169,7 +169,7 @@ def test_counts_that_do_not_fit_are_named(tmp_path, counts, message):
 def test_a_whole_image_may_stand_behind_the_filling(tiny_positions):
     """With --need_box_whole the last region that is there is the whole image, wherever."""
     rows = np.load(FOLDER / "test_ims.npy")
-    opt = options.parse(["--model", "pfan_whole", "--need_box_whole"])
+    opt = options.parse(["--model", "pfan_whole", "--need_box_whole", "--img_dim", "12"])
     words = deserialize_vocab("vocab/tiny_precomp_vocab.json")
     items = []
     for place in (2, 5):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import options
 import systems
 import train
 from batches import get_train_loader
@@ -39,7 +40,7 @@ def test_a_dataset_is_pickled_without_its_arrays(tiny_positions, system):
     (FOLDER / "train_precaps_stan.txt").unlink()
     lines = (FOLDER / "train_caps.txt").read_text().splitlines()
     (FOLDER / "train_caps.txt").write_text("\n".join(lines * 40))
-    opt = train.run_state.options.parse(["--model", system])
+    opt = options.parse(["--model", system, "--img_dim", "192"])
     words = systems.of(opt).vocabulary(deserialize_vocab("vocab/tiny_precomp_vocab.json"), opt)
     data = systems.open_split(str(FOLDER), "train", words, opt)
     size = len(pickle.dumps(data))
