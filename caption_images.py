@@ -78,6 +78,8 @@ def caption_images(stem: str, images: np.ndarray, text: str, n_captions: int) ->
         row_of = rows_from_table(table, images, n_captions, ids)
     elif n_captions == rows:
         row_of = rows_from_copies(path, ids, images)
+        if len(set(row_of.tolist())) == rows:  # nothing repeats: is the file cut?
+            warn_of_count(stem, rows, text, 1)
     elif ids and len(ids) == n_captions and len(set(ids)) < n_captions:
         row_of = rows_from_ids(path, ids, rows)
     else:
@@ -182,12 +184,18 @@ def check_order(stem: str, rows: int, text: str, n_captions: int) -> None:
             f"{text}: {n_captions} captions for the {rows} rows of {path}: with {k} per image, "
             f"{said}; add what is missing, or write {how}"
         )
+    warn_of_count(stem, rows, text, k)
+
+
+def warn_of_count(stem: str, rows: int, text: str, k: int) -> None:
+    """Warn if k captions per image are unusual, or not as many as in other splits."""
     others = {split: number for split, number in counts_by_order(stem, text).items() if number != k}
-    if k == USUAL and not others:
+    if k in (1, USUAL) and not others:  # a row per caption is one caption per image
         return
+    how = f"{stem}_caption_image.txt with a line per caption, the row of its image (docs/data.md)"
     said = "".join(f", but {number} in {split}" for split, number in others.items())
     print(
-        f"warning: {text}: {n_captions} captions for {rows} images are taken as {k} per image, "
+        f"warning: {text}: {k * rows} captions for {rows} images are taken as {k} per image, "
         f"image by image{said or f' (usually {USUAL})'}. If lines are missing, captions stand "
         f"beside the wrong images. If it is meant, say so: {how}"
     )
@@ -204,7 +212,10 @@ def counts_by_order(stem: str, text: str) -> dict[str, int]:
             continue
         if os.path.isfile(f"{path}_caption_image.txt"):
             continue
-        rows, lines = len(open_array(needed[0], ndim=3)), count_lines(needed[1])
+        try:
+            rows, lines = len(open_array(needed[0], ndim=3)), count_lines(needed[1])
+        except (InputError, OSError):  # its own reader says what is wrong with it
+            continue
         ids = f"{path}_ids.txt"
         if os.path.isfile(ids) and count_lines(ids) == lines:
             continue

@@ -142,7 +142,9 @@ class PrecompDataset(Dataset):
         self.num_boxes = None if keep_empty_regions else read_counts(stem, rows, regions)
         self._say_what_is_filling()
         self.file_captions = len(captions)  # before dev is cut
-        self.candidates = self._candidates(data_split, rows, len(captions))
+        self.candidates = 1
+        if not os.path.isfile(f"{stem}_caption_image.txt"):
+            self.candidates = self._candidates(data_split, rows, len(captions))
         if self.candidates > 1:
             print(
                 f"notice: {text}: {len(captions)} captions for {rows} images, so {self.candidates} "

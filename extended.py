@@ -39,6 +39,7 @@ from util.coco_ids import (  # noqa: F401
     read_pair_of_ids,
 )
 from util.devices import pick_device
+from util.image_ids import id_key
 
 PLAUSIBLE = "pm_image_to_caption.json", "pm_caption_to_image.json"
 
@@ -175,14 +176,17 @@ def evaluate(
     # Report faults of the files before hours of scoring.
     ids = read_pair_of_ids(folder, split)
     judge = package(extra_path or folder)
-    check_ids(*ids, judge, pairs_of_ids(folder, split))
+    if not os.path.isfile(os.path.join(folder, f"{split}_caption_image.txt")):
+        check_ids(*ids, judge, pairs_of_ids(folder, split))
     if matrices[0]:
         scores, image_of = evaluation.read_mean(paths)
         print(f"Scores: {', '.join(paths)}")
         evaluation.print_counts(scores.shape, image_of)
     else:
         where = data_path, split, vocab_path, pick_device(device), batch_size
-        scores, image_of, encoded = score_models(paths, where, data_name, ids)
+        scores, image_of, encoded, own = score_models(paths, where, data_name, ids)
+        if own and os.path.isfile(os.path.join(folder, f"{split}_caption_image.txt")):
+            ids = [int(id_key(x)) for x in own], ids[1]  # in the order of the rows
     alike = read_cxc(extra_path or folder, *ids, image_of)
     metrics = coco_metrics(scores, *ids, judge=judge, image_of=image_of)
     print("COCO 5K")
@@ -202,8 +206,8 @@ def evaluate(
 
 def score_models(
     paths: list[str], where: tuple, data_name: str | None, ids: tuple[list[int], list[int]]
-) -> tuple[np.ndarray, Tensor | None, tuple]:
-    """The mean scores of checkpoints, the image of each caption, and the last model's encodings.
+) -> tuple[np.ndarray, Tensor | None, tuple, list[str] | None]:
+    """The mean scores of checkpoints, the image of each caption, the last encodings, the ids.
 
     `where` are arguments of encode_split, `ids` those of the split's images and captions.
     """
@@ -213,7 +217,7 @@ def score_models(
         model, dataset, images, captions = encoded
         check_sizes(dataset, ids, path)
         scores = scores + evaluation.split_scores(*encoded) / len(paths)
-    return scores, evaluation.rank_by(dataset), (model, images, captions)
+    return scores, evaluation.rank_by(dataset), (model, images, captions), dataset.ids
 
 
 def check_sizes(dataset: PrecompDataset, ids: tuple[list[int], list[int]], path: str) -> None:

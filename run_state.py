@@ -55,8 +55,12 @@ def read_options(argv: list[str] | None) -> tuple[argparse.Namespace, dict | Non
     if "model_name" not in names and not opt.reset_start_epoch:
         opt.model_name = os.path.dirname(first.resume) or "."
     if "logger_name" not in names and not opt.reset_start_epoch:
-        own = os.path.realpath(opt.model_name) == os.path.realpath(then["model_name"])
-        opt.logger_name = then["logger_name"] if own else opt.model_name
+        # Where that run logged, seen from its checkpoints.
+        apart = os.path.relpath(then["logger_name"], then["model_name"])
+        logs = os.path.normpath(os.path.join(opt.model_name, apart))
+        opt.logger_name = logs if os.path.isdir(logs) else opt.model_name
+    if "vocab_path" not in names and resumed.get("vocab") is not None:
+        opt.vocab_path = ""  # the checkpoint's own
     return opt, resumed
 
 

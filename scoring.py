@@ -122,6 +122,8 @@ def fold_parts(
     `image_of` (M,) is the image of each caption; None: the captions stand image by image.
     """
     n_images, n_captions = shape
+    if folds == 1:
+        return slice(0, n_images), torch.arange(n_captions), image_of
     if image_of is None:
         rows, columns = fold_slices(n_images, n_captions, fold, folds)
         return rows, torch.arange(n_captions)[columns], None

@@ -44,6 +44,8 @@ def read_vocab(opt: argparse.Namespace, resumed: dict | None) -> Vocabulary | Wo
         path = ckpt.vocab_file(opt.vocab_path, opt)
         return systems.of(opt).vocabulary(deserialize_vocab(path), opt)
     # On other data too, the vocabulary is that of the data that the checkpoint was trained on.
+    if not opt.vocab_path:
+        return ckpt.find_vocab(resumed, opt.resume)
     path = ckpt.vocab_file(opt.vocab_path, resumed["opt"])
     given = path if os.path.isfile(path) or resumed.get("vocab") is None else None
     return ckpt.find_vocab(resumed, opt.resume, given)

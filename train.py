@@ -210,7 +210,8 @@ def validate(
     stop.check()
     with contextlib.suppress(Stop), stop:  # the check that follows is where all processes meet
         encoded = encode_data(model, dev_set)
-        scores = score_matrix(model, *encoded, n_captions=dev_set.n_captions)
+        of = rank_by(dev_set)
+        scores = score_matrix(model, *encoded, n_captions=dev_set.n_captions, image_of=of)
     stop.check()
     distributed.all_reduce_sum(torch.from_numpy(scores))
     metrics = retrieval_metrics(scores, image_of=rank_by(dev_set))

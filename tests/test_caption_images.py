@@ -296,7 +296,8 @@ def test_images_without_caption_are_left_out(tmp_path, capsys):
         ({"train": 4, "dev": 5}, "12 captions for 3 images are taken as 4 per image.*but 5 in dev"),
         ({"train": 5, "dev": 3}, "15 captions for 3 images are taken as 5 per image.*but 3 in dev"),
         ({"train": 2}, r"6 captions for 3 images are taken as 2 per image.*\(usually 5\)"),
-        ({"train": 1, "dev": 5}, None),  # a row per caption says it
+        ({"train": 1}, None),
+        ({"train": 1, "dev": 5}, "3 captions for 3 images are taken as 1 per image.*but 5 in dev"),
     ],
 )
 def test_unusual_counts_are_warned_of(tmp_path, capsys, counts, said):

@@ -13,7 +13,7 @@ import evaluation
 import options
 import train
 import vocab
-from tests.conftest import same_weights, train_args, write_split
+from tests.conftest import read_log, same_weights, train_args, write_split
 from util import dependency_parser, positions
 from util.cli import InputError
 
@@ -100,6 +100,32 @@ def test_resume_on_other_captions_counts_unknown_words(trained, capsys, strange,
         train.main(flags)
     found = "not in its vocabulary, which was built from other captions" in capsys.readouterr().out
     assert found == (strange > 0)
+
+
+def test_validation_in_training_equals_evaluation(tiny):
+    """On a dev of uneven counts, all captions are scored."""
+    write_split(FOLDER, "dev", 10, k=3)
+    lines = (FOLDER / "dev_caps.txt").read_text().splitlines()[:27]
+    (FOLDER / "dev_caps.txt").write_text("".join(f"{x}\n" for x in lines))
+    table = [caption // 3 for caption in range(24)] + [8, 9, 9]
+    (FOLDER / "dev_caption_image.txt").write_text("".join(f"{x}\n" for x in table))
+    train.main(train_args(num_epochs=1))
+    got = evaluation.evalrank("run/checkpoint_0.pth.tar", split="dev")
+    assert read_log("run")[-1]["rsum"] == pytest.approx(got["rsum"])
+
+
+def test_resume_from_another_folder_logs_where_it_logged(tiny, monkeypatch):
+    names = {"model_name": "runs/a/ckpt", "logger_name": "runs/a/log"}
+    train.main(train_args(num_epochs=1, **names))
+    (tiny / "other" / "vocab").mkdir(parents=True)
+    shutil.copy("vocab/tiny_precomp_vocab.json", "other/vocab")
+    text = Path("other/vocab/tiny_precomp_vocab.json").read_text()
+    text = text.replace('"dog": ', '"x": ').replace('"cat": ', '"dog": ')
+    Path("other/vocab/tiny_precomp_vocab.json").write_text(text)  # it is not looked at
+    monkeypatch.chdir(tiny / "other")
+    flags = ["--resume", "../runs/a/ckpt/checkpoint_0.pth.tar", "--num_epochs", "2"]
+    train.main([*flags, "--data_path", "../data", "--workers", "0"])
+    assert len(read_log("../runs/a/log")) == 2
 
 
 def test_img_dim_follows_from_the_features(tiny):
