@@ -281,6 +281,13 @@ def test_empty_features_are_named(tmp_path, shape):
         PrecompDataset(str(tmp_path), "test", words)
 
 
+def test_a_damaged_split_does_not_block_another(tmp_path):
+    write_split(tmp_path, "test", 4)
+    write_split(tmp_path, "train", 4)
+    (tmp_path / "train_ims.npy").write_text("version https://git-lfs.github.com/spec/v1")
+    assert find(tmp_path, 20).image_of.tolist() == [k // 5 for k in range(20)]
+
+
 def test_images_without_caption_are_left_out(tmp_path, capsys):
     write_split(tmp_path, "test", 5)
     (tmp_path / "test_caption_image.txt").write_text("3\n1\n3\n")
