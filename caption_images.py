@@ -25,10 +25,10 @@ from torch import Tensor
 from util.arrays import open_array
 from util.captions import read_lines
 from util.cli import InputError, progress
+from util.folders import SPLITS
 from util.image_ids import written_key
 
 USUAL = 5  # captions per image in the field's data sets
-SPLITS = ("train", "dev", "test", "testall")
 
 
 class CaptionImages(NamedTuple):

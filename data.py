@@ -42,9 +42,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from batches import Batch, EpochSampler, collate_fn, get_train_loader, pad_to  # noqa: F401
-from caption_images import SPLITS, CaptionImages, caption_images
+from caption_images import CaptionImages, caption_images
 from util.arrays import open_array
 from util.cli import InputError, progress
+from util.folders import SPLITS
 from vocab import Vocabulary, read_captions
 
 DEV_CAPTIONS = 5000  # the published programs validate on the first 5,000 captions (Q2)
@@ -208,14 +209,16 @@ class PrecompDataset(Dataset):
         if self.keep_empty_regions or self.num_boxes is not None:
             return
         some = np.unique(np.linspace(0, len(self.images) - 1, 1000).astype(int)).tolist()
-        filled = [row for row in some if len(self.kept_regions(row)) < self.images.shape[1]]
+        kept = {row: len(self.kept_regions(row)) for row in some}
+        filled = [row for row in some if kept[row] < self.images.shape[1]]
         if filled:
             print(
                 f"notice: {self.path}: {len(filled)} of {len(some)} images that were looked at end "
                 "with regions that are all zero: taken for filling, and not scored; "
                 "--keep_empty_regions scores them, as published"
             )
-        empty = [row for row in filled if not self.images[row].any()]
+        # Of such an image one region is kept; the others need not be read again.
+        empty = [row for row in filled if kept[row] == 1 and not self.images[row, 0].any()]
         if empty:
             print(
                 f"warning: {self.path}: {len(empty)} of these images, the first in row {empty[0]} "

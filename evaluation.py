@@ -42,6 +42,8 @@ from util.devices import pick_device
 from util.distributed import all_reduce_sum, process_group, rank
 
 FOLDS, PUBLISHED_FOLD = 5, 1000  # COCO 1K: five folds of 1,000 images of testall
+# Options of the command line that encode_split does not take.
+NOT_OF_SPLIT = {"checkpoint", "fold5", "save_path", "published_boxes", "paper", "paper_images"}
 
 
 def encode_split(
@@ -139,31 +141,43 @@ def evalrank(
     Returns {'i2t': {'r1', 'r5', 'r10', 'medr', 'meanr'}, 't2i': {...}, 'ar', 'ari', 'rsum'}, with
     recalls in percent and ranks from 1. Raises FileNotFoundError or ValueError with the fault.
     """
-    paths = [model_path] if isinstance(model_path, (str, os.PathLike)) else list(model_path)
-    where = data_path, split, vocab_path, pick_device(device), batch_size
-    more = {"data_name": data_name, "keep_empty_regions": keep_empty_regions}
-    scores, image_of = mean_of_models(paths, where, fold5, save_path, published_boxes, more)
-    return rank_and_print(scores, fold5, scores.shape[0] > scores.shape[1], image_of)
+    where = {"data_path": data_path, "data_name": data_name, "split": split}
+    how = {"vocab_path": vocab_path, "device": pick_device(device), "batch_size": batch_size}
+    where |= how | {"keep_empty_regions": keep_empty_regions}
+    return rank_models(as_list(model_path), fold5, save_path, published_boxes, **where)[0]
+
+
+def as_list(paths: str | Sequence[str]) -> list[str]:
+    """One path or several, with `~` for the home folder."""
+    paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+    return [os.path.expanduser(path) for path in paths]
+
+
+def rank_models(
+    paths: Sequence[str], fold5: bool, save_path: str | None, published_boxes: bool, **where
+) -> tuple[dict, tuple[int, int]]:
+    """Rank by the mean scores of checkpoints: the metrics, and how many images and captions.
+
+    `where` are arguments of encode_split; for the others see evalrank.
+    """
+    scores, image_of = mean_of_models(paths, fold5, save_path, published_boxes, **where)
+    # More images than captions: several candidate images per caption; see WholeDataset.
+    candidates = scores.shape[0] > scores.shape[1]
+    return rank_and_print(scores, fold5, candidates, image_of), scores.shape
 
 
 def mean_of_models(
-    paths: Sequence[str],
-    where: tuple,
-    fold5: bool,
-    save_path: str | None,
-    published_boxes: bool,
-    more: dict,
+    paths: Sequence[str], fold5: bool, save_path: str | None, published_boxes: bool, **where
 ) -> tuple[np.ndarray, Tensor | None]:
     """The mean scores (N, M) of checkpoints, saved to `save_path`, and the image of each caption.
 
-    `where` and `more` are arguments of encode_split; for the others see evalrank.
+    The arguments are those of rank_models.
     """
     if not paths:
         raise InputError("no checkpoint to evaluate")
     if save_path:
         save_path = os.path.expanduser(save_path)
         check_target(save_path)
-    paths = [os.path.expanduser(path) for path in paths]
     for path in paths if published_boxes else []:
         system = systems.of(ckpt.load(path)["opt"])
         if system.published_dataset is None:
@@ -172,7 +186,7 @@ def mean_of_models(
     folds = FOLDS if fold5 else 1
     scores = image_of = None
     for path in paths:
-        encoded = encode_split(path, *where, folds, published, **more)
+        encoded = encode_split(path, folds=folds, published=published, **where)
         part, of = split_scores(*encoded, 1 if save_path else folds), rank_by(encoded[1])
         if scores is not None and (part.shape != scores.shape or not same(of, image_of)):
             raise InputError(
@@ -198,13 +212,20 @@ def eval_ensemble(
     See score_files.py for the files, and retrieval_metrics for `candidates`. Returns the same dict
     as evalrank.
     """
+    return rank_files(as_list(paths), fold5, candidates)[0]
+
+
+def rank_files(
+    paths: Sequence[str], fold5: bool, candidates: bool = False
+) -> tuple[dict, tuple[int, int]]:
+    """As rank_models, by the mean of saved score matrices; see eval_ensemble."""
     scores, image_of = read_mean(paths)
     if fold5 and min(scores.shape) < FOLDS:
         raise InputError(f"scores of shape {scores.shape}, too few for five folds")
-    for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+    for path in paths:
         print(f"Scores: {path}")
     print_counts(scores.shape, image_of)
-    return rank_and_print(scores, fold5, candidates, image_of)
+    return rank_and_print(scores, fold5, candidates, image_of), scores.shape
 
 
 def rank_and_print(
@@ -303,20 +324,16 @@ def main(argv: list[str] | None = None) -> None:
                 "score matrices (.npy) cannot be mixed with checkpoints, and take only --fold5, "
                 "--paper and --paper_images"
             )
-        metrics = eval_ensemble(opt.checkpoint, opt.fold5)
-        print_paper(metrics, opt, read_mean(opt.checkpoint)[0].shape)
+        print_paper(opt, *rank_files(as_list(opt.checkpoint), opt.fold5))
         return
-    opt.device = pick_device(opt.device)
-    with process_group(opt.device):
-        where = opt.data_path, opt.split, opt.vocab_path, opt.device, opt.batch_size
-        more = {"data_name": opt.data_name, "keep_empty_regions": opt.keep_empty_regions}
+    where = {name: x for name, x in vars(opt).items() if name not in NOT_OF_SPLIT}
+    where["device"] = pick_device(opt.device)
+    with process_group(where["device"]):
         how = opt.fold5, opt.save_path, opt.published_boxes
-        scores, image_of = mean_of_models(opt.checkpoint, where, *how, more)
-        metrics = rank_and_print(scores, opt.fold5, len(scores) > scores.shape[1], image_of)
-        print_paper(metrics, opt, scores.shape)
+        print_paper(opt, *rank_models(as_list(opt.checkpoint), *how, **where))
 
 
-def print_paper(metrics: dict, opt: argparse.Namespace, shape: tuple[int, int]) -> None:
+def print_paper(opt: argparse.Namespace, metrics: dict, shape: tuple[int, int]) -> None:
     """Print the recalls of --paper beside ours, if both rank among as many images and captions."""
     n, m = (total // (FOLDS if opt.fold5 else 1) for total in shape)
     images, has = opt.paper_images, "has folds of" if opt.fold5 else "has"

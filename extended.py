@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import checkpoint as ckpt
 import evaluation
@@ -34,9 +33,9 @@ from util.cli import InputError, progress, run
 from util.coco_ids import (  # noqa: F401
     as_ids,
     check_ids,
-    pairs_of_ids,
     read_ids,
     read_pair_of_ids,
+    read_pairs,
 )
 from util.devices import pick_device
 from util.image_ids import id_key
@@ -174,19 +173,21 @@ def evaluate(
         name = data_name or opt.data_name
         folder = systems.of(opt).find_data(data_path or opt.data_path, name)
     # Report faults of the files before hours of scoring.
-    ids = read_pair_of_ids(folder, split)
+    *ids, image_of = read_pairs(folder, split)
     judge = package(extra_path or folder)
+    # Where a table says which image a caption is of, the ids are checked when it is read.
     if not os.path.isfile(os.path.join(folder, f"{split}_caption_image.txt")):
-        check_ids(*ids, judge, pairs_of_ids(folder, split))
+        check_ids(*ids, judge, image_of)
     if matrices[0]:
         scores, image_of = evaluation.read_mean(paths)
         print(f"Scores: {', '.join(paths)}")
         evaluation.print_counts(scores.shape, image_of)
     else:
         where = data_path, split, vocab_path, pick_device(device), batch_size
-        scores, image_of, encoded, own = score_models(paths, where, data_name, ids)
-        if own and os.path.isfile(os.path.join(folder, f"{split}_caption_image.txt")):
-            ids = [int(id_key(x)) for x in own], ids[1]  # in the order of the rows
+        scores, encoded, dataset = score_models(paths, where, data_name, ids)
+        image_of = evaluation.rank_by(dataset)
+        if dataset.ids and not ids_path:  # the same ids, in the order of the images
+            ids[0] = [int(id_key(x)) for x in dataset.ids]
     alike = read_cxc(extra_path or folder, *ids, image_of)
     metrics = coco_metrics(scores, *ids, judge=judge, image_of=image_of)
     print("COCO 5K")
@@ -205,9 +206,9 @@ def evaluate(
 
 
 def score_models(
-    paths: list[str], where: tuple, data_name: str | None, ids: tuple[list[int], list[int]]
-) -> tuple[np.ndarray, Tensor | None, tuple, list[str] | None]:
-    """The mean scores of checkpoints, the image of each caption, the last encodings, the ids.
+    paths: list[str], where: tuple, data_name: str | None, ids: list[list[int]]
+) -> tuple[np.ndarray, tuple, PrecompDataset]:
+    """The mean scores of checkpoints; the last model with its encodings, and its split.
 
     `where` are arguments of encode_split, `ids` those of the split's images and captions.
     """
@@ -217,10 +218,10 @@ def score_models(
         model, dataset, images, captions = encoded
         check_sizes(dataset, ids, path)
         scores = scores + evaluation.split_scores(*encoded) / len(paths)
-    return scores, evaluation.rank_by(dataset), (model, images, captions), dataset.ids
+    return scores, (model, images, captions), dataset
 
 
-def check_sizes(dataset: PrecompDataset, ids: tuple[list[int], list[int]], path: str) -> None:
+def check_sizes(dataset: PrecompDataset, ids: list[list[int]], path: str) -> None:
     """Raise InputError unless a split has as many images and captions as there are ids."""
     images, captions = map(len, ids)
     if (images, captions) != (dataset.n_images, dataset.n_captions):

@@ -59,8 +59,7 @@ def read_options(argv: list[str] | None) -> tuple[argparse.Namespace, dict | Non
         apart = os.path.relpath(then["logger_name"], then["model_name"])
         logs = os.path.normpath(os.path.join(opt.model_name, apart))
         opt.logger_name = logs if os.path.isdir(logs) else opt.model_name
-    if "vocab_path" not in names and resumed.get("vocab") is not None:
-        opt.vocab_path = ""  # the checkpoint's own
+    resumed["vocab_given"] = "vocab_path" in names  # else the checkpoint's own counts
     return opt, resumed
 
 

@@ -3,7 +3,7 @@
 Shapes: N images, M captions, R regions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -31,17 +31,17 @@ def encode_data(
     model.eval()
     device = next(model.parameters()).device
 
-    def encode(encoder, item, parts: list[Tensor]) -> Encoding:
+    def encode(encoder, item, parts: Iterable[Tensor]) -> Encoding:
         encoded = []
-        for part in progress(parts, "encoding"):
+        for part in parts:
             batch = collate_fn([item(number) for number in part.tolist()])
             encoded.append(encoder(to_device(batch, device)))
         return {name: torch.cat([x[name] for x in encoded]) for name in encoded[0]}
 
     groups = list(length_groups(dataset.region_counts))
     encoded = [
-        encode(model.encode_images, dataset.image_item, where.split(batch_size))
-        for _, where in progress(groups, "encoding images")
+        encode(model.encode_images, dataset.image_item, progress(parts, "encoding images"))
+        for parts in (where.split(batch_size) for _, where in groups)
     ]
     images = encoded[0] if len(encoded) == 1 else join_images(encoded, groups)
 
@@ -111,7 +111,8 @@ def fold_slices(n_images: int, n_captions: int, fold: int, folds: int) -> tuple[
     """Slices of images and captions for one of `folds` equal parts (published: 1,000 of 5,000)."""
     n = min(n_images, n_captions)
     first, last = fold * n // folds, (fold + 1) * n // folds
-    return tuple(slice(total // n * first, total // n * last) for total in (n_images, n_captions))
+    # Not total // n * first: without folds all captions count, also if n does not divide them.
+    return tuple(slice(total * first // n, total * last // n) for total in (n_images, n_captions))
 
 
 def fold_parts(
@@ -122,8 +123,6 @@ def fold_parts(
     `image_of` (M,) is the image of each caption; None: the captions stand image by image.
     """
     n_images, n_captions = shape
-    if folds == 1:
-        return slice(0, n_images), torch.arange(n_captions), image_of
     if image_of is None:
         rows, columns = fold_slices(n_images, n_captions, fold, folds)
         return rows, torch.arange(n_captions)[columns], None

@@ -11,9 +11,8 @@ import systems
 from bert import WordPieces, read_config
 from data import PrecompDataset
 from util.cli import InputError
-from util.fingerprint import other_captions
 from util.word_vectors import read_vectors
-from vocab import HOPELESS, SUSPICIOUS, Vocabulary, check_captions, deserialize_vocab
+from vocab import Vocabulary, check_captions, deserialize_vocab
 
 
 def set_text_encoder(opt: argparse.Namespace, resumed: dict | None) -> None:
@@ -43,9 +42,9 @@ def read_vocab(opt: argparse.Namespace, resumed: dict | None) -> Vocabulary | Wo
     if resumed is None:
         path = ckpt.vocab_file(opt.vocab_path, opt)
         return systems.of(opt).vocabulary(deserialize_vocab(path), opt)
-    # On other data too, the vocabulary is that of the data that the checkpoint was trained on.
-    if not opt.vocab_path:
+    if resumed.get("vocab") is not None and not resumed["vocab_given"]:
         return ckpt.find_vocab(resumed, opt.resume)
+    # On other data too, the vocabulary is that of the data that the checkpoint was trained on.
     path = ckpt.vocab_file(opt.vocab_path, resumed["opt"])
     given = path if os.path.isfile(path) or resumed.get("vocab") is None else None
     return ckpt.find_vocab(resumed, opt.resume, given)
@@ -53,25 +52,11 @@ def read_vocab(opt: argparse.Namespace, resumed: dict | None) -> Vocabulary | Wo
 
 def check_words(opt: argparse.Namespace, vocab: Vocabulary, train_set: PrecompDataset) -> None:
     """Warn of a vocabulary of other captions, or refuse it if most of their words are unknown."""
-    folder = os.path.dirname(train_set.path)
-    unknown, words = train_set.n_unknown, train_set.n_words
+    folder, resumed = os.path.dirname(train_set.path), bool(opt.resume)
     kind = "sent_caps" if train_set.caption_path.endswith("_sent_caps.txt") else "caps"
-    if not opt.resume:
-        source = ckpt.vocab_file(opt.vocab_path, opt)
-        check_captions(vocab, folder, unknown, words, source, opt.allow_unknown, kind)
-        return
-    # A checkpoint keeps its vocabulary: another one would not help.
-    share = unknown / max(words, 1)
-    own = vocab.pieces or (vocab.captions and not other_captions(vocab.captions, folder, kind))
-    if own or share <= SUSPICIOUS:
-        return
-    said = (
-        f"{opt.resume}: {unknown:,} of the {words:,} words of train ({100 * share:.1f} %) are not "
-        "in its vocabulary, which was built from other captions and cannot change"
-    )
-    if share > HOPELESS and not opt.allow_unknown:
-        raise InputError(f"{said}; train afresh, or --allow_unknown goes on with it all the same")
-    print(f"warning: {said}: these words become {vocab.unknown}")
+    counts = train_set.n_unknown, train_set.n_words
+    source = opt.resume or ckpt.vocab_file(opt.vocab_path, opt)
+    check_captions(vocab, folder, *counts, source, opt.allow_unknown, kind, checkpoint=resumed)
 
 
 def start_from_vectors(model: nn.Module, vocab: Vocabulary, opt: argparse.Namespace) -> None:

@@ -214,7 +214,7 @@ def validate(
         scores = score_matrix(model, *encoded, n_captions=dev_set.n_captions, image_of=of)
     stop.check()
     distributed.all_reduce_sum(torch.from_numpy(scores))
-    metrics = retrieval_metrics(scores, image_of=rank_by(dev_set))
+    metrics = retrieval_metrics(scores, image_of=of)
     say(f"Image to text: {numbers(metrics['i2t'], ', ')}")
     say(f"Text to image: {numbers(metrics['t2i'], ', ')}")
     say(f"rsum: {metrics['rsum']:.1f} (step {step}, {time.time() - start:.1f} s)")

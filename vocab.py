@@ -237,31 +237,39 @@ def check_captions(
     source: str,
     allow_unknown: bool = False,
     name: str = "caps",
+    checkpoint: bool = False,
 ) -> None:
     """Warn if a vocabulary seems to be of other captions than those of a data folder.
 
     `unknown` of the `words` tokens of train are not in it; `source` is its file; training reads
     `{split}_{name}.txt`. If it says that it was built from these captions, all is well. One of the
     folder's captions of another name may do: the unknown words decide, as for a file that does not
-    say what it was built from. Raises InputError if more than 30 % are unknown, and `allow_unknown`
-    is not set. BERT's pieces are of no captions.
+    say what it was built from. A `checkpoint` keeps its vocabulary, so that of other captions will
+    do while few words are unknown. Raises InputError if more than 30 % are unknown, and
+    `allow_unknown` is not set. BERT's pieces are of no captions.
     """
     if vocab.pieces:
         return
     other = other_captions(vocab.captions, folder, name)
-    share = unknown / max(words, 1)
-    same_data = vocab.captions and other_captions(vocab.captions, folder) is None
     if other is None and vocab.captions:
         return
-    if share <= SUSPICIOUS and (other is None or same_data):
-        return
-    found = f"{unknown:,} of the {words:,} words of train ({100 * share:.1f} %) are not in it"
-    said = f"{source}: {found}; {other or 'it seems to be of other captions'}"
+    share = unknown / max(words, 1)
+    if share <= SUSPICIOUS:
+        known = other is None or checkpoint
+        # Captions of another name in the same folder.
+        if known or (vocab.captions["name"] != name and not other_captions(vocab.captions, folder)):
+            return
+    said = f"{source}: {unknown:,} of the {words:,} words of train ({100 * share:.1f} %) are not in"
     sent = " --sent" if name == "sent_caps" else ""
-    advice = (
-        f"`python vocab.py --data_path DATA_PATH --data_name DATA_NAME{sent} --out FILE` builds "
-        "the vocabulary of these captions, and --vocab_path FILE names it"
-    )
+    if checkpoint:
+        said += " its vocabulary, which was built from other captions and cannot change"
+        advice = f"these words become {vocab.unknown}, unless you train afresh"
+    else:
+        said += f" it; {other or 'it seems to be of other captions'}"
+        advice = (
+            f"`python vocab.py --data_path DATA_PATH --data_name DATA_NAME{sent} --out FILE` "
+            "builds the vocabulary of these captions, and --vocab_path FILE names it"
+        )
     if share > HOPELESS and not allow_unknown:
         raise InputError(f"{said}; {advice}; --allow_unknown trains with it all the same")
     print(f"warning: {said}; {advice}")

@@ -70,14 +70,15 @@ def read_pair_of_ids(folder: str | os.PathLike, split: str) -> tuple[list[int], 
 
     The first file has one line per image or per caption.
     """
+    return read_pairs(folder, split)[:2]
+
+
+def read_pairs(
+    folder: str | os.PathLike, split: str
+) -> tuple[list[int], list[int], list[int] | None]:
+    """As read_pair_of_ids, and the image of each caption (M,), if the ids are given per caption."""
     files = (os.path.join(folder, f"{split}_{name}.txt") for name in ("ids", "capids"))
-    return as_ids(*map(read_ids, files))
-
-
-def pairs_of_ids(folder: str | os.PathLike, split: str) -> list[int] | None:
-    """The image of each caption (M,), if `{split}_ids.txt` has a line per caption, else None."""
-    ids, captions = (read_ids(os.path.join(folder, f"{split}_{x}.txt")) for x in ("ids", "capids"))
-    if len(ids) != len(captions):
-        return None
-    place = {name: image for image, name in enumerate(dict.fromkeys(ids))}
-    return [place[name] for name in ids]
+    ids, captions = map(read_ids, files)
+    images, captions = as_ids(ids, captions)
+    place = {name: image for image, name in enumerate(images)}
+    return images, captions, [place[x] for x in ids] if len(ids) == len(captions) else None

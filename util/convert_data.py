@@ -39,9 +39,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 from util.arguments import COUNT  # noqa: E402
 from util.boxes import BoxCheck  # noqa: E402
 from util.cli import InputError, progress, run, say  # noqa: E402
+from util.folders import SPLITS  # noqa: E402
 from util.image_ids import ImageIds, read_ids, shown  # noqa: E402
 from util.npy_writer import NpyWriter, reorder  # noqa: E402
-from util.positions import SPLITS  # noqa: E402
 from util.region_files import read_rows  # noqa: E402
 from util.region_tsv import FIELDS  # noqa: E402, F401
 from util.region_values import Image, Row, decode, first_kinds  # noqa: E402, F401

@@ -26,7 +26,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 
 from util.arguments import FOLDER  # noqa: E402
 from util.cli import InputError, progress, replacing, run  # noqa: E402
-from util.folders import find_folder  # noqa: E402
+from util.folders import SPLITS, find_folder  # noqa: E402
 from vocab import Vocabulary, deserialize_vocab, read_captions  # noqa: E402
 
 CHUNK = 1000  # captions between two writes to disk
@@ -243,9 +243,7 @@ def main(argv: list[str] | None = None) -> None:
         path = os.path.join(path, f"{opt.data_name}_vocab.json")
     vocab = deserialize_vocab(path)
     splits = opt.splits or [
-        split
-        for split in ("train", "dev", "test", "testall")
-        if os.path.isfile(os.path.join(folder, f"{split}_caps.txt"))
+        split for split in SPLITS if os.path.isfile(os.path.join(folder, f"{split}_caps.txt"))
     ]
     if not splits:
         raise FileNotFoundError(f"{folder}: no caption file such as train_caps.txt in it")

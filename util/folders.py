@@ -3,6 +3,8 @@
 import os
 from collections.abc import Sequence
 
+SPLITS = ("train", "dev", "test", "testall")
+
 
 def find_folder(data_path: str, data_name: str, places: Sequence[str] = ()) -> str:
     """The folder of the data set `data_name`, at one of `places` or at data_path/data_name.

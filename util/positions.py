@@ -25,9 +25,7 @@ from util.arguments import FOLDER  # noqa: E402
 from util.arrays import open_array, read_sizes  # noqa: E402
 from util.boxes import BoxCheck  # noqa: E402
 from util.cli import InputError, progress, replacing, run  # noqa: E402
-from util.folders import find_folder  # noqa: E402
-
-SPLITS = ("train", "dev", "test", "testall")
+from util.folders import SPLITS, find_folder  # noqa: E402
 
 
 def find_blocks(
