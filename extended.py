@@ -160,8 +160,7 @@ def evaluate(
     only) and those of PMRP are read from `extra_path`, by default the folder of the ids. Raises
     FileNotFoundError or ValueError with the fault.
     """
-    paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    paths = [os.path.expanduser(path) for path in paths]
+    paths = evaluation.as_list(paths)
     matrices = [path.endswith(".npy") for path in paths]
     if not paths or any(matrices) != all(matrices):
         raise InputError("expected checkpoints, or score matrices (.npy), not both")
