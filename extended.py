@@ -167,10 +167,9 @@ def evaluate(
     if matrices[0] and not ids_path:
         raise InputError("a score matrix needs the folder of its ids: --ids")
     opt = None if matrices[0] else ckpt.load(paths[0])["opt"]
-    folder = ids_path
-    if not ids_path:
-        name = data_name or opt.data_name
-        folder = systems.of(opt).find_data(data_path or opt.data_path, name)
+    folder = ids_path or systems.of(opt).find_data(
+        data_path or opt.data_path, data_name or opt.data_name
+    )
     # Report faults of the files before hours of scoring.
     *ids, image_of = read_pairs(folder, split)
     judge = package(extra_path or folder)

@@ -170,6 +170,14 @@ def test_images_and_captions_are_encoded_once(trained, monkeypatch):
     assert sorted(seen) == list(range(15))
 
 
+def test_all_captions_are_scored_though_they_are_no_multiple_of_the_images(trained):
+    model, words, _ = ckpt.load_model("run/model_best.pth.tar")
+    images, captions = encode_data(model, PrecompDataset("data/tiny_precomp", "test", words, 12))
+    some = {name: x[:10] for name, x in images.items()}  # 75 captions
+    scores = score_matrix(model, some, captions)
+    np.testing.assert_array_equal(scores, score_matrix(model, images, captions)[:10])
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
 def test_encoding_batch_does_not_matter(trained, batch_size):
     state = ckpt.load("run/model_best.pth.tar")

@@ -260,8 +260,13 @@ def test_shuffled_captions_give_the_same_figures(coco):
     }
 
 
-def test_a_table_says_which_image_a_caption_is_of(coco):
-    """A row and an id per image, shuffled captions; a saved matrix has such a table beside it."""
+@pytest.mark.parametrize("per_caption", [False, True])
+def test_a_table_says_which_image_a_caption_is_of(coco, per_caption):
+    """A row per image, shuffled captions; an id per image or per caption.
+
+    Ids per caption first occur in another order than the rows. A saved matrix has a table beside
+    it.
+    """
     folder, images, captions = coco
     train.main(train_args(num_epochs=1))
     want = extended.evaluate("run/model_best.pth.tar")
@@ -270,15 +275,17 @@ def test_a_table_says_which_image_a_caption_is_of(coco):
     np.save(folder / "testall_ims.npy", np.load(folder / "testall_ims.npy")[::5][rows])
     lines = (folder / "testall_caps.txt").read_text().splitlines()
     write(folder, "testall_caps.txt", [lines[k] for k in order])
-    write(folder, "testall_ids.txt", [images[k] for k in rows])
+    named = [k // 5 for k in order] if per_caption else rows
+    write(folder, "testall_ids.txt", [images[k] for k in named])
     write(folder, "testall_capids.txt", [captions[k] for k in order])
     write(folder, "testall_caption_image.txt", [rows.tolist().index(k // 5) for k in order])
     got = extended.evaluate("run/model_best.pth.tar")
     del want["coco_1k"], got["coco_1k"]  # other folds
     assert got == want
-    evaluation.evalrank("run/model_best.pth.tar", split="testall", save_path="s.npy")
-    again = extended.evaluate("s.npy", ids_path=str(folder))
-    assert again["coco_5k"] == got["coco_5k"] and again["cxc_r1"] == got["cxc_r1"]
+    if not per_caption:  # of a matrix, the ids must stand in the order of its rows
+        evaluation.evalrank("run/model_best.pth.tar", split="testall", save_path="s.npy")
+        again = extended.evaluate("s.npy", ids_path=str(folder))
+        assert again["coco_5k"] == got["coco_5k"] and again["cxc_r1"] == got["cxc_r1"]
     write(folder, "testall_capids.txt", [captions[k] for k in order[::-1]])
     with pytest.raises(InputError, match="the ids are in another order than the captions"):
         extended.evaluate("run/model_best.pth.tar")

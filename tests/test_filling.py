@@ -110,6 +110,25 @@ def alone(want: np.ndarray, close: dict) -> None:
         np.testing.assert_allclose(one.numpy(), want[image, :4], **close)
 
 
+@pytest.mark.parametrize("system", SYSTEMS, ids=NAMES)
+def test_a_batch_of_uneven_images_is_that_of_each_alone(tiny_graphs, system):
+    """What fills up a batch is attended to by nothing: no region, no word, no node of a graph."""
+    fill(4)
+    flags = [x for x in train_args(**system) if x != "--max_violation"]
+    opt = options.parse(flags)
+    words = systems.of(opt).vocabulary(deserialize_vocab("vocab/tiny_precomp_vocab.json"), opt)
+    data = systems.open_split(str(FOLDER), "train", words, opt)
+    torch.manual_seed(0)
+    model = ckpt.build_model(opt, len(words)).train()
+    items = [data[caption] for caption in range(0, 60, 5)]
+    assert len({len(item["images"]) for item in items}) == 3
+    images, captions = model(collate_fn(items))
+    got = model.similarity(images, captions)
+    for row, item in enumerate(items):
+        one = model.similarity(model.encode_images(collate_fn([item])), captions)
+        torch.testing.assert_close(got[row], one[0], rtol=1e-4, atol=1e-4)
+
+
 def write_zero_rows(folder: Path, regions: list[int], room: int) -> None:
     """A split of noise with some numbers of regions; the others are zero."""
     rng = np.random.default_rng(0)
