@@ -210,11 +210,10 @@ def validate(
     stop.check()
     with contextlib.suppress(Stop), stop:  # the check that follows is where all processes meet
         encoded = encode_data(model, dev_set)
-        of = rank_by(dev_set)
-        scores = score_matrix(model, *encoded, n_captions=dev_set.n_captions, image_of=of)
+        scores = score_matrix(model, *encoded, n_captions=dev_set.n_captions)
     stop.check()
     distributed.all_reduce_sum(torch.from_numpy(scores))
-    metrics = retrieval_metrics(scores, image_of=of)
+    metrics = retrieval_metrics(scores, image_of=rank_by(dev_set))
     say(f"Image to text: {numbers(metrics['i2t'], ', ')}")
     say(f"Text to image: {numbers(metrics['t2i'], ', ')}")
     say(f"rsum: {metrics['rsum']:.1f} (step {step}, {time.time() - start:.1f} s)")

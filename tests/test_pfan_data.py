@@ -208,6 +208,17 @@ def test_one_caption_an_image(tiny_positions):
     assert splits(tiny_positions, "pfan_whole", "dev").k == 1
 
 
+def test_a_table_counts_before_candidate_images(tiny_positions):
+    """15 rows and 5 captions could be three images per caption, but a table names two images."""
+    folder = tiny_positions / "data" / "tiny_precomp"
+    captions = (folder / "test_caps.txt").read_text().splitlines()[:5]
+    (folder / "test_caps.txt").write_text("".join(f"{c}\n" for c in captions))
+    (folder / "test_caption_image.txt").write_text("7\n2\n7\n7\n2\n")
+    data = splits(tiny_positions, "pfan_whole", "test")
+    assert (data.n_images, data.candidates) == (2, 1)
+    assert data.rows[data.image_of].tolist() == [7, 2, 7, 7, 2]
+
+
 def test_a_test_split_may_have_candidate_images(tiny_positions, capsys):
     folder = tiny_positions / "data" / "tiny_precomp"
     train.main(train_args(num_epochs=1, model="pfan_whole"))
