@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pairs import Encoding, PairScore, block_dots, block_size, pair_dots, pair_scores
 from util.cli import choose
+from util.kept import keep
 from util.norms import EPS, inverse_l2, l1norm, l2norm
 
 FAINT = 2**-7  # an attended vector is faint below this part of the largest squared key length
@@ -59,6 +60,7 @@ def t2i(s: Tensor, images: Encoding, captions: Encoding, config: AttentionConfig
     square = multiply(times_gram(a, gram), a).sum(REGIONS)  # |a_j|^2 = alpha' G alpha: (N, W, M)
     x = cosine(dot, square, per_caption(captions["norms"], dot))  # R(e_j, a_j), (4): (N, W, M)
     x = restore_t2i(x, square, a, words, regions, gram)  # where rounding matters: (N, W, M)
+    keep(t2i=a, word_scores=x)
     scores = aggregate(x, WORDS, config)  # S(I, T), (5) or (6): (N, M)
     if config.bonus:  # PFAN; max, not amax: of equal weights one gets the gradient, as published
         scores = scores + config.bonus * aggregate(a.max(REGIONS).values, WORDS, config)  # (N, M)
@@ -79,6 +81,7 @@ def i2t(s: Tensor, images: Encoding, captions: Encoding, config: AttentionConfig
     square = multiply(g, a).sum(WORDS)  # |a_i|^2 = alpha' G alpha: (N, M, R)
     x = cosine(dot, square, images["norms"])  # R(v_i, a_i), eq. (4): (N, M, R)
     x = restore_i2t(x, square, a, words, regions, gram)  # where rounding matters: (N, M, R)
+    keep(i2t=a, region_scores=x)
     scores = aggregate(x, REGIONS, config, mask)  # S(I, T), eq. (5) or (6): (N, M)
     if config.bonus:
         largest = a.max(WORDS).values  # (N, M, R)

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import WORDS, restore_i2t
@@ -27,6 +28,7 @@ from pairs import Encoding, PairScore, block_dots, pair_dots, pair_scores
 from system import System, encoder_options
 from util.arguments import POSITIVE
 from util.cli import choose
+from util.kept import keep
 from util.norms import EPS, l2norm
 from vocab import UNICODE
 
@@ -45,12 +47,18 @@ class CodingConfig(NamedTuple):
 
 def visual_hard(s: Tensor, words: Tensor, regions: Tensor, alpha: float) -> Tensor:
     """For each word the region that fits it best: (n, i, W)."""
-    return s.max(-1).values.movedim(WORDS, -1)  # (n, i, W)
+    best = s.max(-1)  # (n, W, i)
+    keep(t2i=lambda: F.one_hot(best.indices, s.size(-1)).float())  # (n, W, i, R)
+    keep(word_scores=best.values)
+    return best.values.movedim(WORDS, -1)  # (n, i, W)
 
 
 def textual_hard(s: Tensor, words: Tensor, regions: Tensor, alpha: float) -> Tensor:
     """For each region the word that fits it best: (n, i, R)."""
-    return s.max(WORDS).values  # (n, i, R)
+    best = s.max(WORDS)  # (n, i, R)
+    keep(i2t=lambda: F.one_hot(best.indices, s.size(WORDS)).float().movedim(-1, WORDS))
+    keep(region_scores=best.values)
+    return best.values  # (n, i, R)
 
 
 def visual_soft(s: Tensor, words: Tensor, regions: Tensor, alpha: float) -> Tensor:
@@ -66,7 +74,9 @@ def visual_soft(s: Tensor, words: Tensor, regions: Tensor, alpha: float) -> Tens
     gram = words @ words.mT  # (n, W, W)
     square = ((gram @ a.flatten(2)).view(s.shape) * a).sum(WORDS)  # (n, i, R)
     x = over_length((s * a).sum(WORDS), square, None)  # (n, i, R)
-    return restore_i2t(x, square, a, words, regions, gram, cosine=over_length)  # (n, i, R)
+    x = restore_i2t(x, square, a, words, regions, gram, cosine=over_length)  # (n, i, R)
+    keep(i2t=a, region_scores=x)
+    return x
 
 
 # From the dots s (n, W, i, R), or (p, W, R) of pairs, to the numbers to pool, (n, i, K) or (p, K).

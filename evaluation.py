@@ -13,17 +13,15 @@ Shapes: N images, M captions.
 
 import argparse
 import os
-import time
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import checkpoint as ckpt
 import systems
 from caption_images import USUAL
-from data import PrecompDataset
 from metrics import (  # noqa: F401  (people import i2t and t2i from here)
     METRICS,
     i2t,
@@ -34,84 +32,28 @@ from metrics import (  # noqa: F401  (people import i2t and t2i from here)
     retrieval_metrics,
     t2i,
 )
-from pairs import Encoding
+from ranking import FOLDS, PUBLISHED_FOLD, Ranking
 from score_files import check_target, mean_scores, read_mean, save_scores  # noqa: F401
-from scoring import encode_data, fold_parts, fold_slices, score_matrix  # noqa: F401
+from scoring import (  # noqa: F401
+    encode_data,
+    encode_split,
+    fold_parts,
+    fold_slices,
+    print_counts,
+    rank_by,
+    score_matrix,
+    split_scores,
+)
 from util.cli import InputError, run
 from util.devices import pick_device
-from util.distributed import all_reduce_sum, process_group, rank
+from util.distributed import process_group, rank
+from vocab import read_captions
 
-FOLDS, PUBLISHED_FOLD = 5, 1000  # COCO 1K: five folds of 1,000 images of testall
-# Options of the command line that encode_split does not take.
-NOT_OF_SPLIT = {"checkpoint", "fold5", "save_path", "published_boxes", "paper", "paper_images"}
-
-
-def encode_split(
-    model_path: str,
-    data_path: str | None,
-    split: str,
-    vocab_path: str | None,
-    device: torch.device,
-    batch_size: int | None,
-    folds: int = 1,
-    published: dict | None = None,
-    data_name: str | None = None,
-    keep_empty_regions: bool = False,
-) -> tuple[nn.Module, PrecompDataset, Encoding, list[Encoding]]:
-    """Load a checkpoint, and encode a split with its model; see evalrank and encode_data."""
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"batch_size {batch_size}: expected at least 1")
-    print(f"Checkpoint: {model_path}")
-    model, vocab, opt = ckpt.load_model(model_path, vocab_path, device)
-    opt.keep_empty_regions |= keep_empty_regions
-    print("Loading dataset")
-    folder = systems.of(opt).find_data(data_path or opt.data_path, data_name or opt.data_name)
-    print(f"Split: {split} of {folder}")
-    dataset = systems.open_split(folder, split, vocab, opt, published)
-    fewest = min(dataset.n_images, dataset.n_captions)
-    if folds > fewest:
-        raise InputError(
-            f"{folder}: {fewest} images or captions of {split}, too few for five folds"
-        )
-    print("Computing results...")
-    images, captions = encode_data(model, dataset, batch_size or opt.batch_size)
-    print_counts((dataset.n_images, dataset.n_captions), rank_by(dataset))
-    return model, dataset, images, captions
-
-
-def rank_by(dataset: PrecompDataset) -> Tensor | None:
-    """The image of each caption (M,), for metrics.py; None if captions have several images."""
-    return dataset.image_of if dataset.candidates == 1 else None
-
-
-def print_counts(shape: tuple[int, int], image_of: Sequence[int] | None) -> None:
-    """Print what is ranked: images, captions, captions per image."""
-    n_images, n_captions = shape
-    print(f"Images: {n_images}, Captions: {n_captions}")
-    if n_images > n_captions:
-        print(f"Images per caption: {n_images // n_captions}")
-        return
-    least = most = n_captions // n_images
-    if image_of is not None:
-        counts = np.bincount(np.asarray(image_of))
-        least, most = counts.min(), counts.max()
-    print(f"Captions per image: {least if least == most else f'{least} to {most}'}")
-
-
-def split_scores(
-    model: nn.Module,
-    dataset: PrecompDataset,
-    images: Encoding,
-    captions: list[Encoding],
-    folds: int = 1,
-) -> np.ndarray:
-    """The score matrix (N, M) of an encoded split, summed over all processes."""
-    start = time.time()
-    of = rank_by(dataset)
-    scores = score_matrix(model, images, captions, folds, dataset.n_captions, of)
-    all_reduce_sum(torch.from_numpy(scores))
-    print(f"calculate similarity time: {time.time() - start:.1f}")
-    return scores
+OUTPUTS = "json", "csv", "trec", "report", "images"  # options of the command line: files to write
+# Those that encode_split takes.
+OF_SPLIT = "data_path data_name split vocab_path batch_size keep_empty_regions".split()
+# Those that go with saved score matrices.
+OF_FILES = {"checkpoint", "fold5", "paper", "paper_images", *OUTPUTS}
 
 
 def evalrank(
@@ -144,7 +86,7 @@ def evalrank(
     where = {"data_path": data_path, "data_name": data_name, "split": split}
     how = {"vocab_path": vocab_path, "device": pick_device(device), "batch_size": batch_size}
     where |= how | {"keep_empty_regions": keep_empty_regions}
-    return rank_models(as_list(model_path), fold5, save_path, published_boxes, **where)[0]
+    return rank_models(as_list(model_path), fold5, save_path, published_boxes, **where).metrics
 
 
 def as_list(paths: str | Sequence[str]) -> list[str]:
@@ -154,24 +96,17 @@ def as_list(paths: str | Sequence[str]) -> list[str]:
 
 
 def rank_models(
-    paths: Sequence[str], fold5: bool, save_path: str | None, published_boxes: bool, **where
-) -> tuple[dict, tuple[int, int]]:
-    """Rank by the mean scores of checkpoints: the metrics, and how many images and captions.
+    paths: Sequence[str],
+    fold5: bool,
+    save_path: str | None,
+    published_boxes: bool,
+    keep_parts: bool = False,
+    **where,
+) -> Ranking:
+    """Rank by the mean scores of checkpoints.
 
-    `where` are arguments of encode_split; for the others see evalrank.
-    """
-    scores, image_of = mean_of_models(paths, fold5, save_path, published_boxes, **where)
-    # More images than captions: several candidate images per caption; see WholeDataset.
-    candidates = scores.shape[0] > scores.shape[1]
-    return rank_and_print(scores, fold5, candidates, image_of), scores.shape
-
-
-def mean_of_models(
-    paths: Sequence[str], fold5: bool, save_path: str | None, published_boxes: bool, **where
-) -> tuple[np.ndarray, Tensor | None]:
-    """The mean scores (N, M) of checkpoints, saved to `save_path`, and the image of each caption.
-
-    The arguments are those of rank_models.
+    `where` are arguments of encode_split. `keep_parts`: keep the scores of each checkpoint too. For
+    the others see evalrank.
     """
     if not paths:
         raise InputError("no checkpoint to evaluate")
@@ -185,19 +120,43 @@ def mean_of_models(
     published = {"fold5": fold5} if published_boxes else None
     folds = FOLDS if fold5 else 1
     scores = image_of = None
+    parts, splits = [], []
     for path in paths:
         encoded = encode_split(path, folds=folds, published=published, **where)
-        part, of = split_scores(*encoded, 1 if save_path else folds), rank_by(encoded[1])
+        part, split = split_scores(*encoded, 1 if save_path else folds), encoded[1]
+        of = rank_by(split.dataset)
         if scores is not None and (part.shape != scores.shape or not same(of, image_of)):
             raise InputError(
                 f"{path}: scores {part.shape} images x captions, the models before it "
                 f"{scores.shape}; an ensemble needs one dataset"
             )
         scores, image_of = part if scores is None else scores + part, of
-    scores /= len(paths)
+        splits.append(split)
+        if keep_parts and len(paths) > 1:
+            parts.append(part)
+    if len(paths) > 1:
+        scores /= len(paths)
     if save_path and rank() == 0:
         save_scores(save_path, scores, image_of)
-    return scores, image_of
+    image_of = None if image_of is None else image_of.numpy()
+    # More images than captions: several candidate images per caption; see WholeDataset.
+    candidates, dataset = scores.shape[0] > scores.shape[1], splits[0].dataset
+    more = {"ids": dataset.ids, "parts": parts, "splits": splits}
+    more["captions"] = read_captions(dataset.caption_path)[: dataset.n_captions]
+    return rank_scores(list(paths), scores, image_of, fold5, candidates, **more)
+
+
+def rank_scores(
+    sources: list[str],
+    scores: np.ndarray,
+    image_of: np.ndarray | None,
+    fold5: bool,
+    candidates: bool = False,
+    **more,
+) -> Ranking:
+    """Rank by scores (N, M), print the published lines, and put all into a Ranking."""
+    metrics = rank_and_print(scores, fold5, candidates, image_of)
+    return Ranking(sources, scores, image_of, metrics, fold5, candidates, **more)
 
 
 def same(a: Tensor | None, b: Tensor | None) -> bool:
@@ -212,12 +171,12 @@ def eval_ensemble(
     See score_files.py for the files, and retrieval_metrics for `candidates`. Returns the same dict
     as evalrank.
     """
-    return rank_files(as_list(paths), fold5, candidates)[0]
+    return rank_files(as_list(paths), fold5, candidates).metrics
 
 
 def rank_files(
-    paths: Sequence[str], fold5: bool, candidates: bool = False
-) -> tuple[dict, tuple[int, int]]:
+    paths: Sequence[str], fold5: bool, candidates: bool = False, keep_parts: bool = False
+) -> Ranking:
     """As rank_models, by the mean of saved score matrices; see eval_ensemble."""
     scores, image_of = read_mean(paths)
     if fold5 and min(scores.shape) < FOLDS:
@@ -225,7 +184,9 @@ def rank_files(
     for path in paths:
         print(f"Scores: {path}")
     print_counts(scores.shape, image_of)
-    return rank_and_print(scores, fold5, candidates, image_of), scores.shape
+    several = keep_parts and len(paths) > 1
+    parts = [mean_scores(path) for path in paths] if several else []
+    return rank_scores(list(paths), scores, image_of, fold5, candidates, parts=parts)
 
 
 def rank_and_print(
@@ -310,27 +271,71 @@ def build_parser() -> argparse.ArgumentParser:
         help="images among which the paper ranks, with 5 captions each; where others are ranked, "
         "--paper is not printed",
     )
+    group = parser.add_argument_group("files for other tools, and a page to read")
+    group.add_argument("--json", metavar="FILE", help="figures, their 95 %% intervals, versions")
+    group.add_argument("--csv", metavar="FILE", help="a line per direction with the figures")
+    group.add_argument(
+        "--trec", metavar="PREFIX", help="PREFIX.i2t.run, PREFIX.i2t.qrels, and those of t2i"
+    )
+    group.add_argument(
+        "--report",
+        metavar="FILE",
+        help="one HTML page: intervals, curves, best and worst queries; of several checkpoints, "
+        "also the differences between them",
+    )
+    group.add_argument(
+        "--images", metavar="FOLDER", help="photos for the report, named by {split}_ids.txt"
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     opt = parser.parse_args(argv)
-    matrices = [path.endswith(".npy") for path in opt.checkpoint]
+    paths, matrices = as_list(opt.checkpoint), [path.endswith(".npy") for path in opt.checkpoint]
+    given = {n for n, x in vars(opt).items() if x != parser.get_default(n)}
+    if any(matrices) and (not all(matrices) or given - OF_FILES):
+        parser.error(
+            "score matrices (.npy) cannot be mixed with checkpoints, and take only --"
+            f"{', --'.join(sorted(OF_FILES - {'checkpoint'}))}"
+        )
+    check_outputs(opt)
+    device, compared = pick_device(opt.device), bool(opt.report)
     if any(matrices):
-        given = {n for n, x in vars(opt).items() if x != parser.get_default(n)}
-        if not all(matrices) or given - {"checkpoint", "fold5", "paper", "paper_images"}:
-            parser.error(
-                "score matrices (.npy) cannot be mixed with checkpoints, and take only --fold5, "
-                "--paper and --paper_images"
-            )
-        print_paper(opt, *rank_files(as_list(opt.checkpoint), opt.fold5))
-        return
-    where = {name: x for name, x in vars(opt).items() if name not in NOT_OF_SPLIT}
-    where["device"] = pick_device(opt.device)
-    with process_group(where["device"]):
-        how = opt.fold5, opt.save_path, opt.published_boxes
-        print_paper(opt, *rank_models(as_list(opt.checkpoint), *how, **where))
+        ranking = rank_files(paths, opt.fold5, keep_parts=compared)
+    else:
+        where = {name: getattr(opt, name) for name in OF_SPLIT} | {"device": device}
+        with process_group(device):
+            how = opt.fold5, opt.save_path, opt.published_boxes, compared
+            ranking = rank_models(paths, *how, **where)
+            if rank() > 0:
+                return
+    print_paper(opt, ranking.metrics, ranking.scores.shape)
+    write_outputs(opt, ranking)
+
+
+def check_outputs(opt: argparse.Namespace) -> None:
+    """Raise InputError, before hours of scoring, if an output cannot be written."""
+    for name in OUTPUTS:
+        if name != "images" and getattr(opt, name):
+            check_target(os.path.expanduser(getattr(opt, name)))
+    if opt.images and not opt.report:
+        raise InputError("--images: the photos are for --report")
+    if opt.images and not os.path.isdir(opt.images):
+        raise InputError(f"--images {opt.images}: no such folder")
+
+
+def write_outputs(opt: argparse.Namespace, ranking: Ranking) -> None:
+    """Write the files that the command line asks for."""
+    import exports  # these need packages that an evaluation does not
+
+    for name in ("json", "csv", "trec"):
+        if getattr(opt, name):
+            getattr(exports, f"write_{name}")(os.path.expanduser(getattr(opt, name)), ranking)
+    if opt.report:
+        import report
+
+        report.write(os.path.expanduser(opt.report), ranking, opt.images)
 
 
 def print_paper(opt: argparse.Namespace, metrics: dict, shape: tuple[int, int]) -> None:

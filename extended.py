@@ -213,10 +213,10 @@ def score_models(
     scores = 0
     for path in paths:
         encoded = evaluation.encode_split(path, *where, data_name=data_name)
-        model, dataset, images, captions = encoded
-        check_sizes(dataset, ids, path)
+        model, split, images, captions = encoded
+        check_sizes(split.dataset, ids, path)
         scores = scores + evaluation.split_scores(*encoded) / len(paths)
-    return scores, (model, images, captions), dataset
+    return scores, (model, images, captions), split.dataset
 
 
 def check_sizes(dataset: PrecompDataset, ids: list[list[int]], path: str) -> None:

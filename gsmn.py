@@ -33,6 +33,7 @@ from pairs import Encoding, PairScore, pair_scores
 from system import ServedImage, System, add_lambda_softmax, encoder_options
 from util.arguments import COUNT
 from util.cli import InputError
+from util.kept import keep
 
 # The graph convolutions under the names of a later revision of the published code.
 RENAMED = {"vGNN.": "graph_convolution_1.", "tGNN.": "graph_convolution_3."}
@@ -81,6 +82,7 @@ def word_nodes(
     """
     weights = AttentionConfig("t2i", lambda_softmax=config.lambda_softmax)
     a = attention_weights(dots, WORDS, REGIONS, weights, images.get("region_mask"))
+    keep(t2i=a)
     words, regions = in_blocks(images, captions, config.num_block)
     paired = a.dim() == 3
     by_image = a if paired else a.movedim(2, 0)  # (M, N, W, R)
@@ -113,6 +115,7 @@ def region_nodes(
     """
     weights = AttentionConfig("i2t", lambda_softmax=config.lambda_softmax)
     a = attention_weights(dots, REGIONS, WORDS, weights)  # (N, W, M, R)
+    keep(i2t=a)
     words, regions = in_blocks(images, captions, config.num_block)
     paired = a.dim() == 3
     c = captions["keys"].mT @ a.flatten(2)  # (N, B F, M R)
@@ -175,9 +178,11 @@ class GraphMatching(PairScore):
             edges = edges[:, None, :, : words.size(1)]  # (n, 1, W, W)
         elif edges is not None:
             edges = edges[..., None]  # (n, W, 1)
-        textual = structure_score(x, edges, config.neighbours, *weights[:6])  # (i, n)
+        how = {"neighbours": config.neighbours, "kept_as": "word_scores"}
+        textual = structure_score(x, edges, *weights[:6], **how)  # (i, n)
         edges, mask = images["edges"], images.get("region_mask")
-        visual = structure_score(y, edges, config.neighbours, *weights[6:], mask=mask)  # (n, i)
+        how |= {"kept_as": "region_scores", "mask": mask}
+        visual = structure_score(y, edges, *weights[6:], **how)  # (n, i)
         return visual + (textual if paired else textual.mT)  # (n, i) or (p,)
 
 

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import WeightNormLinear
+from util.kept import keep
 
 KERNELS = 8
 
@@ -32,7 +33,6 @@ KERNELS = 8
 def structure_score(
     nodes: Tensor,
     edges: Tensor | None,
-    neighbours: bool,
     conv: Tensor,
     hidden: Tensor,
     hidden_bias: Tensor,
@@ -40,7 +40,9 @@ def structure_score(
     out_bias: Tensor,
     conv_bias: Tensor | None = None,
     *,
+    neighbours: bool = False,
     mask: Tensor | None = None,
+    kept_as: str = "node_scores",
 ) -> Tensor:
     """Scores (...) of one graph from its nodes' vectors m (..., V, B): the structure level.
 
@@ -48,7 +50,8 @@ def structure_score(
     sigma(W_h x_i + b_h) + b_s. conv (H, B) holds the W_k one below the other, conv_bias is b,
     hidden W_h, out W_s. edges: with `neighbours` the e_ij, (..., K or 1, V, V); otherwise, as
     published (Q18), the factor of a node's own vector, (..., V, K or 1), without a sigma around it.
-    mask (..., V): the nodes that are there; None: all.
+    mask (..., V): the nodes that are there; None: all. kept_as: the name of the nodes' own numbers,
+    whose mean is the score, in util/kept.py.
     """
     h = (nodes @ conv.mT).unflatten(-1, (KERNELS, -1))  # (..., V, K, H / K)
     if neighbours:
@@ -59,6 +62,7 @@ def structure_score(
     h = h if conv_bias is None else h + conv_bias  # (..., V, H)
     h = h.tanh() if neighbours else h  # (..., V, H)
     h = (h @ hidden.mT + hidden_bias).tanh()  # (..., V, H)
+    keep(**{kept_as: lambda: h @ out.mean(0) + out_bias.mean()})  # (..., V)
     # The last layer is linear, so the mean over nodes (and over out_dim, published) goes first.
     if mask is None:
         h = h.mean(-2)  # (..., H)

@@ -3,17 +3,24 @@
 Shapes: N images, M captions, R regions.
 """
 
+import argparse
+import time
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+import checkpoint as ckpt
+import systems
+from bert import WordPieces
 from data import PrecompDataset, collate_fn, pad_to
 from pairs import Encoding, length_groups
-from util.cli import progress
+from util.cli import InputError, progress
 from util.devices import to_device
-from util.distributed import rank, world_size
+from util.distributed import all_reduce_sum, rank, world_size
+from vocab import Vocabulary
 
 
 @torch.inference_mode()
@@ -130,3 +137,80 @@ def fold_parts(
     image_of = torch.as_tensor(np.asarray(image_of))  # (M,)
     columns = ((image_of >= rows.start) & (image_of < rows.stop)).nonzero().flatten()
     return rows, columns, image_of[columns] - rows.start
+
+
+# A checkpoint and a split
+
+
+class Split(NamedTuple):
+    """A split as a checkpoint's model reads it."""
+
+    dataset: PrecompDataset
+    vocab: Vocabulary | WordPieces
+    opt: argparse.Namespace  # of the checkpoint
+    folder: str
+    name: str  # test, ...
+
+
+def encode_split(
+    model_path: str,
+    data_path: str | None,
+    split: str,
+    vocab_path: str | None,
+    device: torch.device,
+    batch_size: int | None,
+    folds: int = 1,
+    published: dict | None = None,
+    data_name: str | None = None,
+    keep_empty_regions: bool = False,
+) -> tuple[nn.Module, Split, Encoding, list[Encoding]]:
+    """Load a checkpoint, and encode a split with its model; see evalrank and encode_data."""
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size {batch_size}: expected at least 1")
+    print(f"Checkpoint: {model_path}")
+    model, vocab, opt = ckpt.load_model(model_path, vocab_path, device)
+    opt.keep_empty_regions |= keep_empty_regions
+    print("Loading dataset")
+    folder = systems.of(opt).find_data(data_path or opt.data_path, data_name or opt.data_name)
+    print(f"Split: {split} of {folder}")
+    dataset = systems.open_split(folder, split, vocab, opt, published)
+    fewest = min(dataset.n_images, dataset.n_captions)
+    if folds > fewest:
+        raise InputError(
+            f"{folder}: {fewest} images or captions of {split}, too few for five folds"
+        )
+    print("Computing results...")
+    encoded = encode_data(model, dataset, batch_size or opt.batch_size)
+    print_counts((dataset.n_images, dataset.n_captions), rank_by(dataset))
+    return model, Split(dataset, vocab, opt, folder, split), *encoded
+
+
+def rank_by(dataset: PrecompDataset) -> Tensor | None:
+    """The image of each caption (M,), for metrics.py; None if captions have several images."""
+    return dataset.image_of if dataset.candidates == 1 else None
+
+
+def print_counts(shape: tuple[int, int], image_of: Sequence[int] | None) -> None:
+    """Print what is ranked: images, captions, captions per image."""
+    n_images, n_captions = shape
+    print(f"Images: {n_images}, Captions: {n_captions}")
+    if n_images > n_captions:
+        print(f"Images per caption: {n_images // n_captions}")
+        return
+    least = most = n_captions // n_images
+    if image_of is not None:
+        counts = np.bincount(np.asarray(image_of))
+        least, most = counts.min(), counts.max()
+    print(f"Captions per image: {least if least == most else f'{least} to {most}'}")
+
+
+def split_scores(
+    model: nn.Module, split: Split, images: Encoding, captions: list[Encoding], folds: int = 1
+) -> np.ndarray:
+    """The score matrix (N, M) of an encoded split, summed over all processes."""
+    start, dataset = time.time(), split.dataset
+    of = rank_by(dataset)
+    scores = score_matrix(model, images, captions, folds, dataset.n_captions, of)
+    all_reduce_sum(torch.from_numpy(scores))
+    print(f"calculate similarity time: {time.time() - start:.1f}")
+    return scores

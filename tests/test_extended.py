@@ -202,7 +202,7 @@ def test_a_checkpoint_from_end_to_end(coco, system, capsys):
     i2i = " / ".join(f"{x:.1f}" for x in got["cxc"]["i2i"].values())
     assert f"CxC i2i R@1 / 5 / 10: {i2i}" in said
 
-    model, dataset, regions, groups = evaluation.encode_split(
+    model, _, regions, groups = evaluation.encode_split(
         "run/model_best.pth.tar", None, "testall", None, torch.device("cpu"), None
     )
     regions = regions["regions"]

@@ -22,9 +22,12 @@ def find_folder(data_path: str, data_name: str, places: Sequence[str] = ()) -> s
     if holds_splits(itself):
         if name == data_name:
             return itself
+        beside = os.path.dirname(itself) or ("." if itself != "." else parent)
+        if not holds_splits(os.path.join(beside, data_name)):
+            data_name = name
         raise FileNotFoundError(
-            f"{usual}: no such data folder, but {data_path} is one: give --data_path "
-            f"{os.path.dirname(itself) or ('.' if itself != '.' else parent)} --data_name {name}"
+            f"{usual}: no such data folder, but {data_path} is one: give --data_path {beside} "
+            f"--data_name {data_name}"
         )
     there = ", ".join(
         x for x in list_folders(data_path) if holds_splits(os.path.join(data_path, x))
