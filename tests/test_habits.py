@@ -192,6 +192,11 @@ def test_a_data_folder_that_is_not_there_is_answered(tiny, program):
     said = re.escape("but data/tiny_precomp is one: give --data_path data --data_name tiny_precomp")
     with pytest.raises(FileNotFoundError, match=said):
         program("--data_path", "data/tiny_precomp", "--data_name", "x")
+    os.makedirs("data/other_precomp")
+    shutil.copy("data/tiny_precomp/test_caps.txt", "data/other_precomp")
+    said = re.escape("give --data_path data --data_name other_precomp")
+    with pytest.raises(FileNotFoundError, match=said):
+        program("--data_path", "data/tiny_precomp", "--data_name", "other_precomp")
     monkey = os.getcwd()
     os.chdir("data/tiny_precomp")
     try:
