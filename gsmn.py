@@ -242,7 +242,15 @@ class GSMN(Encoders):
         """
         kernels, mask = self.visual_graph.graph_convolution_1, batch.get("region_mask")
         edges = kernels(batch["boxes"], self.config.neighbours, mask)
-        return super().encode_images(batch) | {"edges": edges}
+        encoded = super().encode_images(batch) | {"edges": edges}
+        # Once per evaluation, not at each call of similarity. They depend on the filling.
+        once = not self.training and mask is None
+        return encoded | self._keys(encoded["regions"]) if once else encoded
+
+    def _keys(self, regions: Tensor) -> Encoding:
+        """What a score needs of the regions besides."""
+        b = self.config.num_block
+        return {"keys": block_keys(regions, b), "norms": block_norms(regions, b)}
 
     def encode_captions(self, batch: dict[str, Tensor]) -> Encoding:
         """As Encoders; for the sparse graph batch['adjacency'] (C, W, W) is passed on."""
@@ -257,10 +265,10 @@ class GSMN(Encoders):
         if self.is_sparse or config.neighbours:  # otherwise they would be 1: see textual_edges
             graph = captions.get("adjacency"), config.lambda_softmax, config.neighbours
             of_captions["edges"] = textual_edges(words, lengths, *graph)
-        read = ("regions", "edges", "region_mask")
+        if "keys" not in images or "region_mask" in images:
+            images = images | self._keys(images["regions"])
+        read = ("regions", "keys", "norms", "edges", "region_mask")
         of_images = {name: images[name] for name in read if name in images}
-        regions, b = images["regions"], config.num_block
-        of_images |= {"keys": block_keys(regions, b), "norms": block_norms(regions, b)}
         weights = (*self.textual_graph.weights(), *self.visual_graph.weights())
         return pair_scores(GraphMatching(config), of_images, of_captions, lengths, weights)
 
