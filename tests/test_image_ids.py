@@ -30,6 +30,11 @@ def test_other_images_stay_apart(ids):
     assert len({id_key(text) for text in ids}) == len(ids)
 
 
+@pytest.mark.parametrize("name", ["0", "0.0", "000", "0.jpg", "x/0.png", "COCO_val2014_0.jpg"])
+def test_the_image_of_number_0(name):
+    assert id_key(name) == 0
+
+
 def test_names_lose_folder_and_ending():
     assert id_key("a/b/Photo.One.JPG") == id_key("Photo.One") == "Photo.One"
     assert id_key("12.50") == id_key("12.5") != id_key("12")

@@ -40,7 +40,8 @@ def id_key(text: str) -> int | str:
     if not _NUMBER.fullmatch(name):
         name = _ENDINGS.sub("", name.replace("\\", "/").rpartition("/")[2])
     coco = _COCO.fullmatch(name)
-    return written_key(coco[1] if coco else name) or text.strip()
+    key = written_key(coco[1] if coco else name)
+    return text.strip() if key == "" else key
 
 
 def read_ids(path: str) -> list[str]:
