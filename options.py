@@ -5,7 +5,7 @@ import os
 
 import systems
 from losses import CRITERIA
-from util.arguments import COUNT, FOLDER, FROM_0, NOT_NEGATIVE, POSITIVE, fraction
+from util.arguments import COUNT, FOLDER, FROM_0, NOT_NEGATIVE, POSITIVE, Parser, fraction
 from util.cli import InputError
 
 # A switch that a resumed run can also turn off: --no-drop.
@@ -57,19 +57,16 @@ def add_run_options(group) -> None:
         help="checkpoints go here; with --resume: the folder of that checkpoint",
     )
     group.add_argument(
-        "--logger_name",
-        default="./runs/runX/log",
-        type=FOLDER,
-        help="TensorBoard, log.jsonl; with --resume: where that run logged",
-    )
-    group.add_argument(
-        "--log_step", default=10, type=COUNT, help="steps between printed lines (GSMN: 100)"
-    )
-    group.add_argument(
         "--val_step",
         default=500,
         type=FROM_0,
         help="steps between validations (GSMN: 15000); 0: after each epoch only",
+    )
+    group.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="read all data, take two steps, validate, say how long the run would take and how "
+        "much memory; write nothing",
     )
     group.add_argument(
         "--resume",
@@ -82,6 +79,36 @@ def add_run_options(group) -> None:
         "--reset_start_epoch",
         action="store_true",
         help="take only the weights of --resume: epoch, optimizer and best score start afresh",
+    )
+
+
+def add_log_options(group) -> None:
+    group.add_argument(
+        "--logger_name",
+        default="./runs/runX/log",
+        type=FOLDER,
+        help="TensorBoard, log.jsonl; with --resume: where that run logged",
+    )
+    group.add_argument(
+        "--log_step", default=10, type=COUNT, help="steps between printed lines (GSMN: 100)"
+    )
+    group.add_argument(
+        "--quiet",
+        action=SWITCH,
+        default=False,
+        help="print the published lines and warnings only",
+    )
+    group.add_argument(
+        "--log_images",
+        action=SWITCH,
+        default=False,
+        help="after each epoch draw the attention of four dev pairs into TensorBoard (pip install "
+        "matplotlib)",
+    )
+    group.add_argument(
+        "--tracker",
+        choices=["wandb", "trackio"],
+        help="send what TensorBoard gets there too (pip install wandb, or trackio)",
     )
 
 
@@ -231,13 +258,13 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
 
     Abbreviated flags are errors, like misspelt ones.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Train an image-text matching model on precomputed region features.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     add_data_options(parser.add_argument_group("data"))
     add_run_options(parser.add_argument_group("run"))
+    add_log_options(parser.add_argument_group("log"))
     add_training_options(parser.add_argument_group("training"))
     add_loss_options(parser.add_argument_group("loss and augmentation"))
     add_encoder_options(parser.add_argument_group("encoders"))
@@ -284,7 +311,7 @@ def parse(argv: list[str] | None = None, stored: dict | None = None) -> argparse
 
 def model_options() -> set[str]:
     """The names of the options that a model is built from."""
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     add_encoder_options(parser)
     _, owners = build_parser()
     return {"model"} | known(parser) | {flag.removeprefix("--") for flag in owners}

@@ -15,6 +15,7 @@ from util.cli import InputError
 FREE = {"data_path", "vocab_path", "workers", "device", "model_name", "logger_name", "log_step"}
 FREE |= {"val_step", "resume", "reset_start_epoch", "num_epochs", "model", "vocab_size"}
 FREE |= {"wemb_type", "wemb_path", "bert_path", "bert_config", "allow_unknown"}
+FREE |= {"quiet", "dry_run", "log_images", "tracker"}
 # Options that a resumed run does not take from its checkpoint.
 NOT_TAKEN = {"device", "workers", "model_name", "logger_name", "resume", "reset_start_epoch"}
 

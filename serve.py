@@ -32,6 +32,7 @@ import systems
 from data import collate_fn, without_filling
 from pairs import Encoding
 from system import ServedImage
+from util.arguments import Parser
 from util.cli import InputError, run
 from util.convert_data import decode
 from util.devices import pick_device, to_device
@@ -314,10 +315,9 @@ def open_socket(host: str, port: int, backlog: int) -> socket.socket:
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Limits]:
     """The flags, and the limits that they set. Raises InputError on limits that do not fit."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Serve the scores of a checkpoint over HTTP.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "checkpoint",

@@ -5,7 +5,6 @@ python vocab.py --data_name tencent_data --sent    # writes vocab/tencent_data_s
 python vocab.py --data_name f30k_precomp --check    # is the file there built from these captions?
 """
 
-import argparse
 import contextlib
 import functools
 import json
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import nltk
 
+from util.arguments import Parser
 from util.captions import ASCII_BLANKS, read_captions
 from util.cli import InputError, progress, replacing, run
 from util.file_kinds import kind_of
@@ -352,7 +352,7 @@ def keep_earlier(vocab: Vocabulary, path: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_path", default="data", help="folder that holds DATA_NAME/")
     parser.add_argument("--data_name", default="f30k_precomp", help="e.g. f30k_precomp")
     parser.add_argument("--threshold", type=int, default=4, help="minimum occurrences of a word")

@@ -55,6 +55,7 @@ from scripts.benchmark_work import (
 )
 from system import System
 from tests.reference import caption_loop
+from util.arguments import Parser
 from util.cli import InputError, progress, run
 from util.devices import pick_device, to_device
 from util.memory import peak_mib
@@ -270,10 +271,9 @@ def growth_row(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     measured = [name for name, system in systems.SYSTEMS.items() if system.benchmarks]
     parser.add_argument("--model", default="scan", choices=measured, help="the system")

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tests.random_options import SYSTEMS, check, draw
+from util.arguments import Parser
 from util.cli import InputError, progress, run, say
 
 
@@ -56,10 +57,9 @@ def examined(seeds: range, opt: argparse.Namespace) -> Iterator[tuple[int, str, 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--n", type=int, default=1000, help="number of cases")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first case")

@@ -9,7 +9,6 @@ continue: the server must still answer the requests that it has. The script prin
 latency and memory, and exits with status 1 on any error.
 """
 
-import argparse
 import base64
 import http.client
 import json
@@ -31,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 import checkpoint as ckpt
 import options
 import serve
+from util.arguments import Parser
 from util.cli import InputError, run
 from vocab import SPECIAL, Vocabulary
 
@@ -150,7 +150,7 @@ def print_latency_and_memory(times: list[float], memory: list[float]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", nargs="?", help="default: a pfan_whole with random weights")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60)

@@ -9,7 +9,6 @@ formats). It leaves out candidates without features. It writes one line per quer
 "dist_t2i": [...], "dist_i2t": [...]}. scripts/tencent_map.py computes MAP from these lines.
 """
 
-import argparse
 import http.client
 import json
 import os
@@ -22,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.arguments import COUNT
+from util.arguments import COUNT, Parser
 from util.cli import InputError, progress, replacing, run
 from util.convert_data import FIELDS
 
@@ -134,7 +133,7 @@ def ask(url: str, body: dict, tries: int = 20) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("out", help="output file, e.g. dist_sentence_t2i.json")
     parser.add_argument("text", choices=TEXT, help="the words of a query to send")
     parser.add_argument("port", type=int, nargs="?", default=5091)

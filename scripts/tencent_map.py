@@ -8,7 +8,6 @@ that several files score gets the weighted mean of its scores. The list holds on
 with the candidates `Img_urls` and the flags `Img_flags`: 1 for a relevant candidate, else 0.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.query_server import json_lines
 from util import tencent
-from util.arguments import COUNT
+from util.arguments import COUNT, Parser
 from util.cli import InputError, run
 
 
@@ -45,7 +44,7 @@ def lists(line: dict, urls: str, values: str, where: str) -> tuple[list[str], li
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("results", nargs="+", help="files of result lines")
     parser.add_argument("--list", required=True, help="test_list.json, with Img_flags")
     parser.add_argument("--weights", type=float, nargs="+", help="one per file; default: equal")

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
+from util.arguments import did_you_mean, nearest
+
 
 class InputError(ValueError):
     """The user's input is wrong; the message says what is wrong, where, and what to do."""
@@ -55,7 +57,8 @@ def replacing(path: str | os.PathLike, suffix: str = ".part") -> Iterator[str]:
 def choose(table: dict, name: str, flag: str):
     """The entry `name` of a table of variants. If it is missing, a ValueError lists them."""
     if name not in table:
-        raise ValueError(f"unknown {flag} {name!r}: expected one of {', '.join(table)}")
+        near = did_you_mean(nearest(str(name), table))
+        raise ValueError(f"unknown {flag} {name!r}: expected one of {', '.join(table)}{near}")
     return table[name]
 
 

@@ -36,7 +36,7 @@ import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # when run by path
 
-from util.arguments import COUNT  # noqa: E402
+from util.arguments import COUNT, Parser  # noqa: E402
 from util.boxes import BoxCheck  # noqa: E402
 from util.cli import InputError, progress, run, say  # noqa: E402
 from util.folders import SPLITS  # noqa: E402
@@ -363,10 +363,9 @@ def convert(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("files", nargs="+", help="tsv, .npz or HDF5 files, or folders of .npz")
     parser.add_argument(

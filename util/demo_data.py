@@ -12,7 +12,6 @@ scene, as extractors with adaptive boxes give them: the arrays have HIGH rows pe
 with zeros, and {split}_num_boxes.npy holds the counts.
 """
 
-import argparse
 import math
 import os
 import random
@@ -22,6 +21,7 @@ import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # when run by path
 
+from util.arguments import Parser  # noqa: E402
 from util.cli import InputError, progress, run  # noqa: E402
 
 CANVAS = 128  # pixels per side
@@ -283,7 +283,7 @@ def make_split(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--out", default="data", type=os.path.expanduser, help="the set is written to OUT/NAME"
     )

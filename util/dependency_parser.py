@@ -11,7 +11,6 @@ the two files agree. Finished captions are kept in `{split}_caps.json.part`: aft
 the same command continues from there.
 """
 
-import argparse
 import hashlib
 import importlib
 import json
@@ -24,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # when run by path
 
-from util.arguments import FOLDER  # noqa: E402
+from util.arguments import FOLDER, Parser  # noqa: E402
 from util.cli import InputError, progress, replacing, run  # noqa: E402
 from util.folders import SPLITS, find_folder  # noqa: E402
 from vocab import Vocabulary, deserialize_vocab, read_captions  # noqa: E402
@@ -219,7 +218,7 @@ def write(path: str, text: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_path", default="data", help="folder that holds DATA_NAME/")
     parser.add_argument(
         "--data_name", default="f30k_precomp", type=FOLDER, help="e.g. f30k_precomp"

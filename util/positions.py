@@ -13,7 +13,6 @@ they are read-only. Training reads one folder: there must be links to the other 
 `ln -s /data/f30k_precomp/* FOLDER` makes them.
 """
 
-import argparse
 import os
 import sys
 
@@ -21,7 +20,7 @@ import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # when run by path
 
-from util.arguments import FOLDER  # noqa: E402
+from util.arguments import FOLDER, Parser  # noqa: E402
 from util.arrays import open_array, read_sizes  # noqa: E402
 from util.boxes import BoxCheck  # noqa: E402
 from util.cli import InputError, progress, replacing, run  # noqa: E402
@@ -103,7 +102,7 @@ def convert(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--data_path", default="data", type=FOLDER, help="folder that holds DATA_NAME/"
     )
