@@ -272,6 +272,20 @@ class CHAN(Encoders):
         of_captions = {"words": captions["words"]}
         return pair_scores(CodingScore(self.config), of_images, of_captions, captions["lengths"])
 
+    def beside_score(self, batch: dict, images: Encoding, captions: Encoding) -> dict:
+        """For explain.py: the side that the coding does not read, as the best fits of one pair.
+
+        With VHACoding the word that fits each region best, 'i2t'; otherwise the region that fits
+        each word best, 't2i'; both (W, R).
+        """
+        s = pair_dots(images["regions"], captions["words"])[0]  # (W, R)
+        by_words = self.config.coding_type == "VHACoding"
+        dim = 0 if by_words else 1
+        best = torch.zeros_like(s).scatter_(dim, s.argmax(dim, keepdim=True), 1)  # (W, R)
+        scored, other = ("words", "regions") if by_words else ("regions", "words")
+        note = f"The score pools numbers of the {scored}; what the {other} choose is not in it."
+        return {"i2t" if by_words else "t2i": best, "notes": [note]}
+
 
 class CHANSystem(System):
     """What the shared programs know of CHAN."""

@@ -272,6 +272,26 @@ class GSMN(Encoders):
         weights = (*self.textual_graph.weights(), *self.visual_graph.weights())
         return pair_scores(GraphMatching(config), of_images, of_captions, lengths, weights)
 
+    def beside_score(self, batch: dict, images: Encoding, captions: Encoding) -> dict:
+        """For explain.py: the edges of one pair's graphs, as the paper defines them.
+
+        'text_edges' (1, W, W); 'visual_edges' (1, R, R), the mean over the kernels.
+        """
+        graph = captions.get("adjacency"), self.config.lambda_softmax, True
+        kernels = self.visual_graph.graph_convolution_1(batch["boxes"], True)  # (1, K, R, R)
+        note = "Over these edges a node takes up the vectors of its neighbours."
+        if not self.config.neighbours:
+            note = (
+                "The edges are drawn as the paper defines them, but no node sees another one over "
+                "them: as in the published code, it has its own vector only (Q18 in "
+                "docs/quirks.md); --neighbours trains a model that follows the paper."
+            )
+        return {
+            "text_edges": textual_edges(captions["words"], captions["lengths"], *graph),
+            "visual_edges": kernels.mean(1),
+            "notes": ["The score is the mean over the words plus the mean over the regions.", note],
+        }
+
 
 class GSMNSystem(System):
     """What the shared programs know of GSMN."""

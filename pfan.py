@@ -219,6 +219,19 @@ class PFANWhole(SCAN):
             scores = scores + 0.5 * cosines(last, sentence)  # (I, C)
         return scores + super().similarity(images, captions, cross_attn)  # (I, C)
 
+    def beside_score(self, batch: dict, images: Encoding, captions: Encoding) -> dict:
+        """For explain.py: the parts of one pair's score that no word or region has."""
+        sentence = captions["sentence"]
+        whole = self.lambda_whole * cosines(images["whole"], sentence).item()
+        notes = [f"The whole image with the sentence adds {whole:.4f} to the score."]
+        if self.need_box_whole and self.config.cross_attn == "t2i":
+            last = 0.5 * cosines(images["regions"][:, -1], sentence).item()
+            notes.append(
+                "The last region is the whole image: no word looks at it. With the sentence it "
+                f"adds {last:.4f} to the score."
+            )
+        return {"notes": notes}
+
 
 class PFANSystem(System):
     """What the shared programs know of PFAN."""
