@@ -1,0 +1,109 @@
+"""Charts as inline SVG, for a page without scripts: lines over K, and groups of bars.
+
+Colours and fonts are those of the page: a series is drawn in its class, `s0`, `s1`, ... Texts are
+escaped. Every chart has a description for those who do not see it.
+"""
+
+import html
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+WIDTH, HEIGHT = 460, 280  # of the drawing's own units; on a page it is as wide as there is room
+LEFT, RIGHT, TOP, BOTTOM = 32, 14, 10, 48  # margins
+TICKS = (1, 2, 5, 10, 20, 50, 100)
+
+
+class Line(NamedTuple):
+    """A line of a chart: a value in percent for K = 1, 2, ..."""
+
+    name: str
+    values: np.ndarray  # (K,)
+    band: tuple[np.ndarray, np.ndarray] | None = None  # lower and upper bounds (K,)
+
+
+class Bar(NamedTuple):
+    """A bar of a chart, in percent."""
+
+    value: float
+    interval: tuple[float, float] | None = None
+    hint: str = ""  # a text that a pointer shows
+
+
+def height_of(value: float) -> float:
+    """Where a value in percent lies, from the top."""
+    return TOP + (HEIGHT - TOP - BOTTOM) * (1 - value / 100)
+
+
+def text(x: float, y: float, content: object, anchor: str = "middle", kind: str = "") -> str:
+    kind, content = f' class="{kind}"' if kind else "", html.escape(str(content))
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{kind}>{content}</text>'
+
+
+def frame(x_title: str) -> list[str]:
+    """The grid, the axis of percents, and the title of the other axis."""
+    parts = []
+    for value in range(0, 101, 20):
+        y = height_of(value)
+        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(text(LEFT - 6, y + 4, f"{value}", "end"))
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    return [*parts, text(middle, HEIGHT - 4, x_title, kind="title")]
+
+
+def drawing(parts: Iterable[str], description: str) -> str:
+    about = f'role="img" aria-label="{html.escape(description)}"'
+    head = f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" {about}>'
+    return "".join([head, *parts, "</svg>"])
+
+
+def path_of(points: Iterable[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+
+
+def curves(lines: Sequence[Line], x_title: str, description: str) -> str:
+    """Lines over K = 1, 2, ..., with a logarithmic axis, and their bands."""
+    last = max(len(line.values) for line in lines)
+
+    def x_of(k: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * math.log(k) / max(math.log(last), 1e-9)
+
+    def points(values: np.ndarray) -> list[tuple[float, float]]:
+        return [(x_of(k), height_of(value)) for k, value in enumerate(values, 1)]
+
+    parts = frame(x_title)
+    for k in (k for k in TICKS if k <= last):
+        parts.append(f'<path class="grid" d="M{x_of(k):.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
+        parts.append(text(x_of(k), HEIGHT - BOTTOM + 18, k))
+    for number, line in enumerate(lines):
+        if line.band is not None:
+            low, high = map(points, line.band)
+            parts.append(f'<path class="band s{number}" d="{path_of(high + low[::-1])}Z"/>')
+    for number, line in enumerate(lines):
+        parts.append(f'<path class="line s{number}" d="{path_of(points(line.values))}"/>')
+    return drawing(parts, description)
+
+
+def bars(groups: Sequence[tuple[str, str, Sequence[Bar]]], x_title: str, description: str) -> str:
+    """Groups of bars: of each its label, a second line below it, and its bars, one per series."""
+    parts = frame(x_title)
+    room = (WIDTH - LEFT - RIGHT) / len(groups)
+    for place, (label, below, group) in enumerate(groups):
+        start, wide = LEFT + room * (place + 0.1), room * 0.8 / len(group)
+        for number, bar in enumerate(group):
+            x, y = start + wide * number, height_of(bar.value)
+            parts.append(
+                f'<rect class="bar s{number}" x="{x:.1f}" y="{y:.1f}" width="{wide * 0.9:.1f}" '
+                f'height="{height_of(0) - y:.1f}"><title>{html.escape(bar.hint)}</title></rect>'
+            )
+            if bar.interval:
+                middle, (low, high) = x + wide * 0.45, map(height_of, bar.interval)
+                tips = "".join(f"M{middle - 3:.1f} {y:.1f}h6" for y in (low, high))
+                line = f"M{middle:.1f} {low:.1f}V{high:.1f}{tips}"
+                parts.append(f'<path class="interval" d="{line}"/>')
+        middle = LEFT + room * (place + 0.5)
+        parts.append(text(middle, HEIGHT - BOTTOM + 15, label))
+        parts.append(text(middle, HEIGHT - BOTTOM + 28, below, kind="small"))
+    return drawing(parts, description)
