@@ -107,9 +107,9 @@ class PrecompDataset(Dataset):
     regions there are; with `keep_empty_regions` all count, as in the published programs.
 
     Attributes: `n_images` distinct images, `n_captions`, `image_of` (n_captions,) the image of each
-    caption, `rows` (n_images,) where an image is stored, `ids` or None. The training loop sets
-    `drop`, which changes each item, and the `epoch`. Raises InputError or FileNotFoundError naming
-    file and row if the files do not fit.
+    caption, `rows` (n_images,) where an image is stored, `ids` or None, `text_path`, the file of
+    the sentences, or None. The training loop sets `drop`, which changes each item, and the `epoch`.
+    Raises InputError or FileNotFoundError naming file and row if the files do not fit.
     """
 
     drop: Drop | None = None
@@ -169,7 +169,7 @@ class PrecompDataset(Dataset):
         self.lengths = torch.tensor(lengths)  # (n_captions,)
         self.words = torch.from_numpy(np.array(words, dtype=np.int32))
         self.start = self.lengths.cumsum(0) - self.lengths  # (n_captions,)
-        self.caption_path = text
+        self.caption_path = self.text_path = text
         # Without <start> and <end>.
         self.n_words = len(self.words) - 2 * self.n_captions
         self.n_unknown = int((self.words == vocab.word2idx[vocab.unknown]).sum())

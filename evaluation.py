@@ -3,6 +3,7 @@
     python evaluation.py runs/x/model_best.pth.tar --data_path data --split test [--fold5]
     python evaluation.py A.pth.tar B.pth.tar ...        # ensemble: the mean of their scores
     python evaluation.py A.npy B.npy [--fold5]          # the same, from matrices of --save_path
+    python evaluation.py --embeddings images.npy texts.npy   # of CLIP or another two-tower model
     torchrun --nproc_per_node=2 evaluation.py ...       # divided between processes
 
     import evaluation
@@ -15,24 +16,25 @@ import argparse
 import os
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import checkpoint as ckpt
+import embeddings
+import exports
 import systems
 from caption_images import USUAL
+from embeddings import rank_embeddings
 from metrics import (  # noqa: F401  (people import i2t and t2i from here)
     METRICS,
     i2t,
     mean_metrics,
-    numbers,
     print_beside_paper,
     print_metrics,
     retrieval_metrics,
     t2i,
 )
-from ranking import FOLDS, PUBLISHED_FOLD, Ranking
+from ranking import FOLDS, Ranking, rank_and_print, rank_scores  # noqa: F401
 from score_files import check_target, mean_scores, read_mean, save_scores  # noqa: F401
 from scoring import (  # noqa: F401
     encode_data,
@@ -44,6 +46,7 @@ from scoring import (  # noqa: F401
     score_matrix,
     split_scores,
 )
+from util.arguments import Parser
 from util.cli import InputError, run
 from util.devices import pick_device
 from util.distributed import process_group, rank
@@ -52,8 +55,9 @@ from vocab import read_captions
 OUTPUTS = "json", "csv", "trec", "report", "images"  # options of the command line: files to write
 # Those that encode_split takes.
 OF_SPLIT = "data_path data_name split vocab_path batch_size keep_empty_regions".split()
-# Those that go with saved score matrices.
-OF_FILES = {"checkpoint", "fold5", "paper", "paper_images", *OUTPUTS}
+# Those that go with saved score matrices, and with embeddings.
+OF_FILES = {"fold5", "paper", "paper_images", *OUTPUTS}
+OF_EMBEDDINGS = OF_FILES | {"ids", "data_path", "data_name", "split", "save_path"}
 
 
 def evalrank(
@@ -142,21 +146,10 @@ def rank_models(
     # More images than captions: several candidate images per caption; see WholeDataset.
     candidates, dataset = scores.shape[0] > scores.shape[1], splits[0].dataset
     more = {"ids": dataset.ids, "parts": parts, "splits": splits}
-    more["captions"] = read_captions(dataset.caption_path)[: dataset.n_captions]
+    more |= {"folder": splits[0].folder, "split": splits[0].name}
+    if dataset.text_path:
+        more["captions"] = read_captions(dataset.text_path)[: dataset.n_captions]
     return rank_scores(list(paths), scores, image_of, fold5, candidates, **more)
-
-
-def rank_scores(
-    sources: list[str],
-    scores: np.ndarray,
-    image_of: np.ndarray | None,
-    fold5: bool,
-    candidates: bool = False,
-    **more,
-) -> Ranking:
-    """Rank by scores (N, M), print the published lines, and put all into a Ranking."""
-    metrics = rank_and_print(scores, fold5, candidates, image_of)
-    return Ranking(sources, scores, image_of, metrics, fold5, candidates, **more)
 
 
 def same(a: Tensor | None, b: Tensor | None) -> bool:
@@ -189,50 +182,11 @@ def rank_files(
     return rank_scores(list(paths), scores, image_of, fold5, candidates, parts=parts)
 
 
-def rank_and_print(
-    scores: np.ndarray,
-    fold5: bool,
-    candidates: bool,
-    image_of: Sequence[int] | None = None,
-) -> dict:
-    """Print and return the metrics of scores (N, M), or their means over five parts of them.
-
-    `image_of` (M,) is the image of each caption; None: they stand image by image.
-    """
-    if not fold5:
-        metrics = retrieval_metrics(scores, candidates, image_of)
-        print_metrics(metrics)
-        return metrics
-
-    results = []
-    for fold in range(FOLDS):
-        rows, columns, of = fold_parts(scores.shape, fold, FOLDS, image_of)
-        metrics = retrieval_metrics(scores[rows][:, columns.numpy()], candidates, of)
-        print(f"Image to text: {numbers(metrics['i2t'], ', ')}")
-        print(f"Text to image: {numbers(metrics['t2i'], ', ')}")
-        print(f"rsum: {metrics['rsum']:.1f} ar: {metrics['ar']:.1f} ari: {metrics['ari']:.1f}")
-        results.append(metrics)
-    n = len(scores) // FOLDS
-    print(f"Five folds of {n:,} images each")
-    if n != PUBLISHED_FOLD:
-        print(
-            f"notice: this is not the published protocol (COCO 1K), whose folds are "
-            f"{PUBLISHED_FOLD:,} images of testall: recalls among {n:,} images do not compare"
-        )
-    print("-----------------------------------")
-    print("Mean metrics: ")
-    metrics = mean_metrics(results)
-    print_metrics(metrics)
-    return metrics | {"folds": results}
-
-
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Recall@K of a checkpoint, or of the mean score of several.", allow_abbrev=False
-    )
+    parser = Parser(description="Recall@K of a checkpoint, or of the mean score of several.")
     parser.add_argument(
         "checkpoint",
-        nargs="+",
+        nargs="*",
         help="a model, the models of an ensemble, or saved score matrices (.npy)",
     )
     parser.add_argument("--data_path", help="folder that holds the data; default: as in training")
@@ -271,11 +225,38 @@ def build_parser() -> argparse.ArgumentParser:
         help="images among which the paper ranks, with 5 captions each; where others are ranked, "
         "--paper is not printed",
     )
-    group = parser.add_argument_group("files for other tools, and a page to read")
-    group.add_argument("--json", metavar="FILE", help="figures, their 95 %% intervals, versions")
-    group.add_argument("--csv", metavar="FILE", help="a line per direction with the figures")
+    add_embeddings(parser.add_argument_group("embeddings of other models, instead of a checkpoint"))
+    add_outputs(parser.add_argument_group("files for other tools, and a page to read"))
+    return parser
+
+
+def add_embeddings(group) -> None:
     group.add_argument(
-        "--trec", metavar="PREFIX", help="PREFIX.i2t.run, PREFIX.i2t.qrels, and those of t2i"
+        "--embeddings",
+        nargs=2,
+        metavar=("IMAGES", "TEXTS"),
+        help="what any two-tower model (CLIP, SigLIP, VSE) makes of images and captions (.npy, a "
+        "row for each), ranked by their cosines; captions stand image by image, unless --ids, or "
+        "--data_path and --data_name, say which image each is of",
+    )
+    group.add_argument(
+        "--ids", metavar="FILE", help="a line per caption, the id of its image; or a line per image"
+    )
+
+
+def add_outputs(group) -> None:
+    group.add_argument("--json", metavar="FILE", help="figures, their 95 %% intervals, versions")
+    group.add_argument(
+        "--csv",
+        metavar="FILE",
+        help="a line per direction with figures and intervals; more lines are added to an older "
+        "table",
+    )
+    group.add_argument(
+        "--trec",
+        metavar="PREFIX",
+        help="PREFIX.i2t.run, PREFIX.i2t.qrels, and those of t2i, for ranx and ir-measures: the "
+        f"first {exports.TOP} of each query",
     )
     group.add_argument(
         "--report",
@@ -286,56 +267,100 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--images", metavar="FOLDER", help="photos for the report, named by {split}_ids.txt"
     )
-    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = build_parser()
-    opt = parser.parse_args(argv)
-    paths, matrices = as_list(opt.checkpoint), [path.endswith(".npy") for path in opt.checkpoint]
-    given = {n for n, x in vars(opt).items() if x != parser.get_default(n)}
-    if any(matrices) and (not all(matrices) or given - OF_FILES):
-        parser.error(
-            "score matrices (.npy) cannot be mixed with checkpoints, and take only --"
-            f"{', --'.join(sorted(OF_FILES - {'checkpoint'}))}"
-        )
+    opt = parse(argv)
     check_outputs(opt)
-    device, compared = pick_device(opt.device), bool(opt.report)
-    if any(matrices):
-        ranking = rank_files(paths, opt.fold5, keep_parts=compared)
-    else:
-        where = {name: getattr(opt, name) for name in OF_SPLIT} | {"device": device}
-        with process_group(device):
-            how = opt.fold5, opt.save_path, opt.published_boxes, compared
-            ranking = rank_models(paths, *how, **where)
-            if rank() > 0:
-                return
+    device = torch.device("cpu") if opt.embeddings else pick_device(opt.device)
+    with process_group(device):
+        ranking = rank_what_is_given(opt, device)
+        if rank() > 0:
+            return
     print_paper(opt, ranking.metrics, ranking.scores.shape)
     write_outputs(opt, ranking)
 
 
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options; ends the program if they do not go together."""
+    parser = build_parser()
+    opt = parser.parse_args(argv)
+    opt.checkpoint = as_list(opt.checkpoint)
+    matrices = [path.endswith(".npy") for path in opt.checkpoint]
+    given = {n for n, x in vars(opt).items() if x != parser.get_default(n)}
+    given -= {"checkpoint", "embeddings"}
+    if opt.embeddings and (matrices or given - OF_EMBEDDINGS):
+        parser.error(
+            "--embeddings takes no checkpoints beside it, and only --"
+            f"{', --'.join(sorted(OF_EMBEDDINGS))}"
+        )
+    if opt.embeddings and "split" in given and not {"data_path", "data_name"} & given:
+        parser.error("--split: of which data set? Give --data_path and --data_name")
+    if not opt.embeddings and not matrices:
+        parser.error("name a checkpoint, or score matrices (.npy), or --embeddings IMAGES TEXTS")
+    if opt.ids and not opt.embeddings:
+        parser.error("--ids: the ids are for --embeddings")
+    if any(matrices) and (not all(matrices) or given - OF_FILES):
+        parser.error(
+            "score matrices (.npy) cannot be mixed with checkpoints, and take only --"
+            f"{', --'.join(sorted(OF_FILES))}"
+        )
+    return opt
+
+
+def rank_what_is_given(opt: argparse.Namespace, device: torch.device) -> Ranking | None:
+    """Rank checkpoints, score matrices or embeddings; process 0 alone has the last two."""
+    paths, compared = opt.checkpoint, bool(opt.report)
+    if paths and not paths[0].endswith(".npy"):
+        where = {name: getattr(opt, name) for name in OF_SPLIT} | {"device": device}
+        how = opt.fold5, opt.save_path, opt.published_boxes, compared
+        return rank_models(paths, *how, **where)
+    if rank() > 0:
+        return None
+    if opt.embeddings:
+        where = opt.ids, opt.data_path, opt.data_name, opt.split
+        return rank_embeddings(*opt.embeddings, *where, opt.fold5, opt.save_path)
+    try:
+        return rank_files(paths, opt.fold5, keep_parts=compared)
+    except InputError as error:
+        raise InputError(f"{error}{embeddings.hint(paths)}") from None
+
+
 def check_outputs(opt: argparse.Namespace) -> None:
     """Raise InputError, before hours of scoring, if an output cannot be written."""
-    for name in OUTPUTS:
-        if name != "images" and getattr(opt, name):
-            check_target(os.path.expanduser(getattr(opt, name)))
+    for name in ("json", "csv", "trec", "report", "save_path"):
+        if getattr(opt, name):
+            setattr(opt, name, os.path.expanduser(getattr(opt, name)))
+    trec = exports.trec_files(opt.trec) if opt.trec else []
+    read = map(os.path.expanduser, [*opt.checkpoint, *(opt.embeddings or []), opt.ids or ""])
+    seen = set(map(os.path.realpath, read))
+    for path in filter(None, (opt.json, opt.csv, *trec, opt.report, opt.save_path)):
+        check_target(path)
+        if os.path.realpath(path) in seen:
+            raise InputError(f"{path}: an input, or the name of two outputs; give another name")
+        if not os.access(os.path.dirname(path) or ".", os.W_OK):
+            raise InputError(f"{path}: the folder cannot be written to; nothing was scored")
+        seen.add(os.path.realpath(path))
+    exports.check(opt.json, opt.csv, opt.trec)
     if opt.images and not opt.report:
         raise InputError("--images: the photos are for --report")
-    if opt.images and not os.path.isdir(opt.images):
+    if opt.images and not os.path.isdir(os.path.expanduser(opt.images)):
         raise InputError(f"--images {opt.images}: no such folder")
+    if opt.report:
+        import report  # the page needs packages that an evaluation does not
+
+        report.check(opt.images)
 
 
 def write_outputs(opt: argparse.Namespace, ranking: Ranking) -> None:
     """Write the files that the command line asks for."""
-    import exports  # these need packages that an evaluation does not
-
     for name in ("json", "csv", "trec"):
         if getattr(opt, name):
-            getattr(exports, f"write_{name}")(os.path.expanduser(getattr(opt, name)), ranking)
+            getattr(exports, f"write_{name}")(getattr(opt, name), ranking)
     if opt.report:
         import report
 
-        report.write(os.path.expanduser(opt.report), ranking, opt.images)
+        report.write(opt.report, ranking, opt.images)
 
 
 def print_paper(opt: argparse.Namespace, metrics: dict, shape: tuple[int, int]) -> None:

@@ -219,16 +219,10 @@ def own_sentence(
 def caption_text(
     dataset: PrecompDataset, caption: int, ids: list[int], vocab: Vocabulary
 ) -> str | None:
-    """The line of the caption file that gives these word ids; None if there is none.
-
-    GSMN's ids may come from a file of ids; then the text stands in the other file.
-    """
-    usual = f"{dataset.path.removesuffix('_ims.npy')}_caps.txt"
-    for path in dict.fromkeys((dataset.caption_path, usual)):
-        lines = read_captions(path) if os.path.isfile(path) else []
-        if caption < len(lines) and vocab.encode(lines[caption]) == ids:
-            return lines[caption]
-    return None
+    """The line of the caption file that gives these word ids; None if there is none."""
+    lines = read_captions(dataset.text_path) if dataset.text_path else []
+    fits = caption < len(lines) and vocab.encode(lines[caption]) == ids
+    return lines[caption] if fits else None
 
 
 def tokens_of(ids: list[int], text: str | None, vocab: Vocabulary) -> list[str]:

@@ -3,6 +3,7 @@
     python extended.py runs/coco/model_best.pth.tar --data_path data      # the split testall
     python extended.py A.pth.tar B.pth.tar ...                            # their mean score
     python extended.py a.npy --ids data/coco_precomp                      # a saved score matrix
+    python extended.py --embeddings images.npy texts.npy --ids data/coco_precomp
     python extended.py --write_ids data/coco_precomp                      # the ids that it needs
 
 Most captions suit more images than the one they were written for. For ECCV Caption (Chun et al.,
@@ -12,7 +13,6 @@ arXiv:2101.05068) derives them from object classes. The package eccv_caption hol
 Shapes: N images, M captions.
 """
 
-import argparse
 import contextlib
 import io
 import os
@@ -24,11 +24,12 @@ import numpy as np
 import torch
 
 import checkpoint as ckpt
+import embeddings
 import evaluation
 import systems
 from cxc import CXC, KS, cxc_intra, read_cxc
 from data import PrecompDataset
-from util.arguments import FOLDER
+from util.arguments import FOLDER, Parser
 from util.cli import InputError, progress, run
 from util.coco_ids import (  # noqa: F401
     as_ids,
@@ -170,14 +171,12 @@ def evaluate(
     folder = ids_path or systems.of(opt).find_data(
         data_path or opt.data_path, data_name or opt.data_name
     )
-    # Report faults of the files before hours of scoring.
-    *ids, image_of = read_pairs(folder, split)
-    judge = package(extra_path or folder)
-    # Where a table says which image a caption is of, the ids are checked when it is read.
-    if not os.path.isfile(os.path.join(folder, f"{split}_caption_image.txt")):
-        check_ids(*ids, judge, image_of)
+    ids, judge = read_checked_ids(folder, split, extra_path)
     if matrices[0]:
-        scores, image_of = evaluation.read_mean(paths)
+        try:
+            scores, image_of = evaluation.read_mean(paths)
+        except InputError as error:
+            raise InputError(f"{error}{embeddings.hint(paths)}") from None
         print(f"Scores: {', '.join(paths)}")
         evaluation.print_counts(scores.shape, image_of)
     else:
@@ -187,12 +186,7 @@ def evaluate(
         if dataset.ids and not ids_path:  # the same ids, in the order of the images
             ids[0] = [int(id_key(x)) for x in dataset.ids]
     alike = read_cxc(extra_path or folder, *ids, image_of)
-    metrics = coco_metrics(scores, *ids, judge=judge, image_of=image_of)
-    print("COCO 5K")
-    metrics["coco_5k"] = evaluation.rank_and_print(scores, False, False, image_of)
-    print("COCO 1K")
-    metrics["coco_1k"] = evaluation.rank_and_print(scores, True, False, image_of)
-    print_coco(metrics)
+    metrics = rank_and_print(scores, ids, judge, image_of)
     if alike and len(paths) == 1 and not matrices[0]:
         if systems.of(opt).interchangeable:
             metrics["cxc"] = cxc_intra(*encoded, alike)
@@ -200,6 +194,59 @@ def evaluate(
             print("CxC i2i, t2t: not available for this model, which reads more than both kinds")
         for way, recalls in metrics.get("cxc", {}).items():
             print(f"CxC {way} R@1 / 5 / 10: {' / '.join(f'{x:.1f}' for x in recalls.values())}")
+    return metrics
+
+
+def evaluate_embeddings(
+    images: str | np.ndarray,
+    texts: str | np.ndarray,
+    data_path: str | None = None,
+    split: str = "testall",
+    ids_path: str | None = None,
+    extra_path: str | None = None,
+    data_name: str | None = None,
+) -> dict:
+    """As evaluate, by the cosines of embeddings; see embeddings.rank_embeddings.
+
+    Which image a caption is of say the data set, or the files in `ids_path`.
+    """
+    known = data_path or data_name
+    if not known and not ids_path:
+        raise InputError("embeddings need the folder of COCO's ids: --ids, or a data set with them")
+    folder = ids_path or embeddings.find_folder(data_path, data_name, split)
+    ids, judge = read_checked_ids(folder, split, extra_path)
+    where: tuple = (None, data_path, data_name)
+    if not known:
+        whole = os.path.isfile(os.path.join(folder, f"{split}_caps.txt"))
+        where = (None, folder, None) if whole else (os.path.join(folder, f"{split}_ids.txt"),)
+    _, scores, pairs = embeddings.score_embeddings(images, texts, *where, split=split)
+    if pairs.images.ids and not (known and ids_path):  # the same ids, in the order of the images
+        ids[0] = [int(id_key(x)) for x in pairs.images.ids]
+    return rank_and_print(scores, ids, judge, pairs.images.image_of.numpy())
+
+
+def read_checked_ids(
+    folder: str | os.PathLike, split: str, extra_path: str | None
+) -> tuple[list[list[int]], object]:
+    """The ids of images and captions, and who judges them: faults are said before hours of work."""
+    *ids, image_of = read_pairs(folder, split)
+    judge = package(extra_path or folder)
+    # Where a table says which image a caption is of, the ids are checked when it is read.
+    if not os.path.isfile(os.path.join(folder, f"{split}_caption_image.txt")):
+        check_ids(*ids, judge, image_of)
+    return ids, judge
+
+
+def rank_and_print(
+    scores: np.ndarray, ids: list[list[int]], judge, image_of: Sequence[int] | None
+) -> dict:
+    """Print and return the figures of coco_metrics, and those of evalrank for COCO 5K and 1K."""
+    metrics = coco_metrics(scores, *ids, judge=judge, image_of=image_of)
+    print("COCO 5K")
+    metrics["coco_5k"] = evaluation.rank_and_print(scores, False, False, image_of)
+    print("COCO 1K")
+    metrics["coco_1k"] = evaluation.rank_and_print(scores, True, False, image_of)
+    print_coco(metrics)
     return metrics
 
 
@@ -245,11 +292,15 @@ def print_both(title: str, metrics: list[dict[str, float]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description="Recall@K, ECCV Caption, CxC and PMRP on COCO's 5,000 test images.",
-        allow_abbrev=False,
-    )
+    parser = Parser(description="Recall@K, ECCV Caption, CxC and PMRP on COCO's 5,000 test images.")
     parser.add_argument("paths", nargs="*", help="checkpoints, or score matrices (.npy)")
+    parser.add_argument(
+        "--embeddings",
+        nargs=2,
+        metavar=("IMAGES", "TEXTS"),
+        help="instead of them: embeddings of any two-tower model (.npy), ranked by their cosines; "
+        "see evaluation.py",
+    )
     parser.add_argument("--data_path", help="folder that holds the data; default: as in training")
     parser.add_argument("--data_name", help="another data set than that of the training")
     parser.add_argument("--split", default="testall", help="default: testall")
@@ -277,13 +328,20 @@ def main(argv: list[str] | None = None) -> None:
     )
     opt = parser.parse_args(argv)
     if opt.write_ids:
-        if opt.paths:
-            parser.error("--write_ids takes no checkpoints or matrices")
+        if opt.paths or opt.embeddings:
+            parser.error("--write_ids takes no checkpoints, matrices or embeddings")
         write_ids(opt.write_ids)
         return
-    if not opt.paths:
-        parser.error("name a checkpoint, or score matrices (.npy)")
     where = opt.data_path, opt.split, opt.ids, opt.extra
+    if opt.embeddings:
+        if opt.paths or opt.vocab_path or opt.batch_size or opt.device != "auto":
+            parser.error(
+                "--embeddings takes only --data_path, --data_name, --split, --ids, --extra"
+            )
+        evaluate_embeddings(*opt.embeddings, *where, opt.data_name)
+        return
+    if not opt.paths:
+        parser.error("name a checkpoint, score matrices (.npy), or --embeddings IMAGES TEXTS")
     evaluate(opt.paths, *where, opt.vocab_path, opt.device, opt.batch_size, opt.data_name)
 
 

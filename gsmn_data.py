@@ -62,8 +62,9 @@ class GraphDataset(PrecompDataset):
         super().__init__(data_path, data_split, vocab, img_dim, keep_empty_regions)
         stem = os.path.join(data_path, data_split)
         text = super()._caption_file(stem, vocab)
-        if self.precomputed and os.path.isfile(text):  # published data may lack the captions
-            self._compare_ids(self._caption_file(stem, vocab), text, vocab)
+        self.text_path = text if os.path.isfile(text) else None  # published data may lack it
+        if self.precomputed and self.text_path:
+            self._compare_ids(self.caption_path, text, vocab)
         rows, regions, _ = self.images.shape
         self.box_path = f"{stem}_ims_bbx.npy"
         check_boxes_are_there(stem)

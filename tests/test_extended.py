@@ -291,6 +291,56 @@ def test_a_table_says_which_image_a_caption_is_of(coco, per_caption):
         extended.evaluate("run/model_best.pth.tar")
 
 
+@pytest.mark.parametrize("files", ["data set", "ids", "ids beside captions"])
+@pytest.mark.parametrize("rows", ["per image", "per caption"])
+def test_embeddings(coco, tiny, capsys, files, rows):
+    """Shuffled texts; their images are said by the ids of COCO, with or without the data set."""
+    folder, images, captions = coco
+    rng = np.random.default_rng(6)
+    a = rng.normal(size=(15, 8)).astype(np.float32)
+    b = np.repeat(a, 5, 0) + rng.normal(size=(75, 8)).astype(np.float32)
+    found = evaluation.rank_embeddings(a, b, data_path=str(folder), split="testall")
+    np.save("s.npy", found.scores)
+    want = extended.evaluate("s.npy", ids_path=str(folder))
+    assert want["coco_5k"] == found.metrics
+    order = rng.permutation(75)
+    first = list(dict.fromkeys((order // 5).tolist()))
+    np.save("a.npy", a[first] if rows == "per image" else a[order // 5])
+    np.save("b.npy", b[order])
+    place = folder if files == "data set" else tiny
+    write(place, "testall_ids.txt", [f"COCO_val2014_{images[k // 5]:012}.jpg" for k in order])
+    write(place, "testall_capids.txt", [captions[k] for k in order])
+    if files != "ids":
+        lines = (folder / "testall_caps.txt").read_text().splitlines()
+        write(place, "testall_caps.txt", [lines[k] for k in order])
+    if files == "data set":
+        np.save(place / "testall_ims.npy", np.load(place / "testall_ims.npy")[order])
+    where = ["--ids", "."]
+    if files == "data set":
+        where = ["--data_path", "data", "--data_name", "tiny_precomp"]
+    capsys.readouterr()
+    extended.main(["--embeddings", "a.npy", "b.npy", *where])
+    assert f"rsum: {want['coco_5k']['rsum']:.1f}" in capsys.readouterr().out.splitlines()
+    given = {"data_path": "data/tiny_precomp"} if files == "data set" else {"ids_path": "."}
+    got = extended.evaluate_embeddings("a.npy", "b.npy", **given)
+    del want["coco_1k"], got["coco_1k"]  # other folds
+    assert got == want
+
+
+def test_wrong_calls_for_embeddings(coco, capsys):
+    folder, _, _ = coco
+    np.save("a.npy", np.ones((15, 8), np.float32))
+    np.save("b.npy", np.ones((75, 8), np.float32))
+    with pytest.raises(InputError, match="embeddings need the folder of COCO's ids: --ids"):
+        extended.main(["--embeddings", "a.npy", "b.npy"])
+    with pytest.raises(InputError, match="Then: --embeddings a.npy b.npy"):
+        extended.main(["a.npy", "b.npy", "--ids", str(folder)])
+    for more in (["a.npy"], ["--batch_size", "3"], ["--write_ids", "x"]):
+        with pytest.raises(SystemExit):
+            extended.main([*more, "--embeddings", "a.npy", "b.npy"])
+        assert "embeddings" in capsys.readouterr().err
+
+
 def test_a_model_whose_score_needs_more_has_no_intra_recalls(coco, capsys):
     folder, _, _ = coco
     for split in ("train", "dev", "testall"):
