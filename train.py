@@ -5,6 +5,7 @@
 
 Writes checkpoint_{epoch}.pth.tar and model_best.pth.tar to --model_name; TensorBoard events and one
 JSON line per epoch (log.jsonl) to --logger_name. Ctrl-C or SIGTERM saves interrupted.pth.tar first.
+`--dry_run` tries all this and writes nothing. docs/training.md explains what is printed.
 `torchrun --nproc_per_node=N train.py ...` splits each batch over N GPUs or processes.
 
 Shapes: B pairs of a batch, b pairs of a process's share of it.
@@ -13,35 +14,40 @@ Shapes: B pairs of a batch, b pairs of a process's share of it.
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
+import shlex
 import signal
 import time
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 
+import banner
 import checkpoint as ckpt
+import run_log
 import run_state
 import systems
 from batches import get_train_loader
 from bert import WordPieces
 from data import Drop, PrecompDataset
-from evaluation import encode_data, print_counts, rank_by, score_matrix
+from evaluation import encode_data, rank_by, score_matrix
 from metrics import METRICS, numbers, retrieval_metrics
+from run_log import RunLog
 from run_state import RunState
 from text_setup import check_words, read_vocab, set_text_encoder, start_from_vectors
 from util import cli, distributed
 from util.cli import InputError, progress, say
 from util.devices import pick_device, to_device
-from util.log import Average, NoWriter, StepLog, append_json, forget_epochs_from
+from util.log import append_json, forget_epochs_from, sign_of_life
 from util.memory import peak_mib
 from util.signals import Stop, StopSignal
+from util.tracker import NoTracker, open_tracker
 from util.worker_limits import explain
 from vocab import Vocabulary
 
@@ -62,13 +68,16 @@ class Run:
     criterion: nn.Module
     optimizer: torch.optim.Optimizer
     state: RunState
+    tracker: NoTracker | None = None  # on process 0
+    grad_norm: Tensor | None = None  # () of the last step's gradient, before clipping
 
 
 def main(argv: list[str] | None = None) -> None:
     opt, resumed = run_state.read_options(argv)
     device = pick_device(opt.device)
     with distributed.process_group(device):
-        train(set_up(opt, device, resumed))
+        job = dry_run if opt.dry_run else train
+        job(set_up(opt, device, resumed))
 
 
 # The loop
@@ -79,39 +88,78 @@ def train(run: Run) -> None:
     opt, state, stop = run.opt, run.state, StopSignal()
     if state.epoch >= opt.num_epochs:
         print(f"nothing to do: {state.epoch} epochs are done, --num_epochs is {opt.num_epochs}")
-    with open_writer(run) as tb:
+    writer = run_log.open_writer(opt, state, run.tracker)
+    with RunLog(opt, state, run.criterion, run.dev_set, writer) as log:
         try:
             while state.epoch < opt.num_epochs:
                 start, lr = time.time(), start_epoch(run)
                 batches = state.batch + len(run.loader)
-                log = StepLog(tb, opt.log_step, Average(state.loss_sum, state.loss_count))
-                validate_if_due(run, tb, stop)
-                log.restart()
+                steps = log.epoch_begins(batches)
+                validate_if_due(run, log, stop)
+                steps.restart()
                 for batch in progress(
                     batches_of(run, stop), f"epoch {state.epoch}", len(run.loader)
                 ):
-                    log.batch_is_there()
+                    steps.batch_is_there()
                     size = size_of_batch(run)
                     loss = train_step(run, batch, size)
                     state.batch, state.Eiters = state.batch + 1, state.Eiters + 1
-                    log.step_is_done(
-                        loss, size, state.epoch, state.batch, batches, state.Eiters, lr
-                    )
-                    state.loss_sum, state.loss_count = log.loss.total, log.loss.count
+                    where = state.epoch, state.batch, batches, state.Eiters
+                    steps.step_is_done(loss, run.grad_norm, size, *where, lr)
+                    state.loss_sum, state.loss_count = steps.loss.total, steps.loss.count
                     due = opt.val_step and state.Eiters % opt.val_step == 0
                     state.val_due = bool(due and state.batch < batches)  # not at the epoch's end
                     stop.check()
-                    validate_if_due(run, tb, stop)
-                    log.restart()
-                finish_epoch(run, validate(run.model, run.dev_set, state.Eiters, tb, stop), start)
+                    validate_if_due(run, log, stop)
+                    steps.restart()
+                metrics = validate(run.model, run.dev_set, state.Eiters, log, stop)
+                finish_epoch(run, metrics, start, log)
                 stop.check()
         except Stop:
             save(run, INTERRUPTED)
             path = os.path.join(opt.model_name, INTERRUPTED)
-            print(f"saved epoch {state.epoch}, batch {state.batch}: go on with --resume {path}")
+            print(
+                f"saved epoch {state.epoch}, batch {state.batch}: go on with --resume "
+                f"{shlex.quote(path)}"
+            )
             raise SystemExit(128 + (stop.received or signal.SIGTERM)) from None
         finally:
             stop.restore()
+    if not opt.quiet:
+        say(banner.summary(opt, os.path.dirname(run.dev_set.path), log))
+
+
+def dry_run(run: Run) -> None:
+    """Take two steps, validate, read all data, and say what a run needs. Nothing is written."""
+    opt, state, stop, ends = run.opt, run.state, StopSignal(), [time.time()]
+    start_epoch(run)
+    steps = len(run.loader)
+    try:
+        for batch in itertools.islice(batches_of(run, stop), 2):
+            train_step(run, batch, size_of_batch(run))
+            if run.device.type == "cuda":
+                torch.cuda.synchronize(run.device)
+            ends.append(time.time())
+            stop.check()
+            state.batch += 1
+            run.criterion.epoch = opt.num_epochs - 1  # most epochs are like the last one
+        with contextlib.suppress(Stop), stop, sign_of_life("dry run", opt.quiet):
+            validation = run_log.time_validation(run.model, run.dev_set)
+            memory = peak_mib(run.device)  # of mapped files, what a run has in use
+            start = time.time()
+            run_log.read_all(run.loader.dataset, "train")
+            run_log.read_all(run.dev_set, "dev")
+        stop.check()
+    except Stop:
+        raise SystemExit(128 + (stop.received or signal.SIGTERM)) from None
+    finally:
+        stop.restore()
+    seconds = {
+        "step": ends[-1] - ends[-2],
+        "validation": validation,
+        "reading": time.time() - start,
+    }
+    say(banner.estimate(opt, opt.num_epochs - state.epoch, steps, seconds, memory, run.device))
 
 
 def batches_of(run: Run, stop: StopSignal) -> Iterator[dict[str, torch.Tensor]]:
@@ -172,8 +220,11 @@ def train_step(run: Run, batch: dict[str, torch.Tensor], size: int) -> float:
     of_criterion = [p for p in run.criterion.parameters() if p.grad is not None]
     for p in of_criterion if shared else ():
         p.grad /= world_size
+    learnt = [*run.model.parameters(), *of_criterion]
     if opt.grad_clip > 0:
-        clip_grad_norm_([*run.model.parameters(), *of_criterion], opt.grad_clip)
+        run.grad_norm = clip_grad_norm_(learnt, opt.grad_clip)
+    else:
+        run.grad_norm = get_total_norm([p.grad for p in learnt if p.grad is not None])
     run.optimizer.step()
     return value
 
@@ -195,20 +246,20 @@ def size_of_batch(run: Run) -> int:
     return min(batch_size, len(run.loader.dataset) - batch_size * run.state.batch)
 
 
-def validate_if_due(run: Run, tb: SummaryWriter, stop: StopSignal) -> None:
+def validate_if_due(run: Run, log: RunLog, stop: StopSignal) -> None:
     if run.state.val_due:
         # Left by a signal, it stays due.
-        validate(run.model, run.dev_set, run.state.Eiters, tb, stop)
+        validate(run.model, run.dev_set, run.state.Eiters, log, stop)
         run.state.val_due = False
 
 
 def validate(
-    model: nn.Module, dev_set: PrecompDataset, step: int, tb: SummaryWriter, stop: StopSignal
+    model: nn.Module, dev_set: PrecompDataset, step: int, log: RunLog, stop: StopSignal
 ) -> dict:
     """Metrics on dev under their published TensorBoard tags (`r1` ... `meanri`, `rsum`).  # Q7"""
     start = time.time()
     stop.check()
-    with contextlib.suppress(Stop), stop:  # the check that follows is where all processes meet
+    with contextlib.suppress(Stop), stop, log.working("validation"):  # all meet at the check
         encoded = encode_data(model, dev_set)
         scores = score_matrix(model, *encoded, n_captions=dev_set.n_captions)
     stop.check()
@@ -216,16 +267,18 @@ def validate(
     metrics = retrieval_metrics(scores, image_of=rank_by(dev_set))
     say(f"Image to text: {numbers(metrics['i2t'], ', ')}")
     say(f"Text to image: {numbers(metrics['t2i'], ', ')}")
-    say(f"rsum: {metrics['rsum']:.1f} (step {step}, {time.time() - start:.1f} s)")
+    seconds = time.time() - start
+    say(f"rsum: {metrics['rsum']:.1f} (step {step}, {seconds:.1f} s)")
     tags = {name: metrics["i2t"][name] for name in METRICS}
     tags |= {f"{name}i": metrics["t2i"][name] for name in METRICS}
     tags["rsum"] = metrics["rsum"]
     for tag, number in tags.items():
-        tb.add_scalar(tag, number, step)
+        log.add_scalar(tag, number, step)
+    log.validation_is_done(metrics, scores, seconds)
     return tags
 
 
-def finish_epoch(run: Run, metrics: dict, start: float) -> None:
+def finish_epoch(run: Run, metrics: dict, start: float, log: RunLog) -> None:
     """Log an epoch that began at `start`, and save it."""
     opt, state = run.opt, run.state
     is_best = metrics["rsum"] > state.best_rsum
@@ -245,6 +298,9 @@ def finish_epoch(run: Run, metrics: dict, start: float) -> None:
     name = f"checkpoint_{state.epoch}.pth.tar"
     state.epoch, state.batch, state.loss_sum, state.loss_count = state.epoch + 1, 0, 0.0, 0
     save(run, name, is_best)
+    log.epoch_is_saved(is_best)
+    if opt.log_images and distributed.rank() == 0:
+        run_log.draw_pairs(run.model, run.dev_set, run.vocab, log.writer, state.Eiters)
 
 
 def save(run: Run, name: str, is_best: bool = False) -> None:
@@ -265,22 +321,16 @@ def save(run: Run, name: str, is_best: bool = False) -> None:
     ckpt.save(state, run.opt.model_name, name, is_best)
 
 
-def open_writer(run: Run) -> SummaryWriter | NoWriter:
-    """TensorBoard's writer, on process 0."""
-    if distributed.rank() > 0:
-        return NoWriter()
-    return SummaryWriter(run.opt.logger_name, purge_step=run.state.Eiters + 1, flush_secs=5)
-
-
 # Setting up
 
 
 def set_up(opt: argparse.Namespace, device: torch.device, resumed: dict | None = None) -> Run:
     """All that a run works with, from its options: fresh, or as a checkpoint left it."""
-    print(opt)
     torch.manual_seed(opt.seed)
     system = systems.of(opt)
     folder = system.find_data(opt.data_path, opt.data_name)
+    if not opt.quiet:
+        say(f"reading {folder}")
     set_text_encoder(opt, resumed)
     vocab = read_vocab(opt, resumed)
     opt.vocab_size = len(vocab)
@@ -291,8 +341,6 @@ def set_up(opt: argparse.Namespace, device: torch.device, resumed: dict | None =
         keep_last = train_set.last_region_is_image
         train_set.drop = Drop(opt.obj_drop_rate, opt.seed, vocab, keep_last)
     dev_set = systems.open_split(folder, "dev", vocab, opt)
-    print(f"Validation split: dev of {folder}")
-    print_counts((dev_set.n_images, dev_set.n_captions), rank_by(dev_set))
     processes = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     pin = device.type == "cuda"
     loader = get_train_loader(
@@ -303,6 +351,9 @@ def set_up(opt: argparse.Namespace, device: torch.device, resumed: dict | None =
     model.grad_checkpointing = opt.grad_checkpointing
     criterion = system.criterion(opt).to(device)
     optimizer = system.optimizer(model, criterion, opt)
+    if not opt.quiet:
+        sets = train_set, dev_set
+        say(banner.banner(opt, device, vocab, *sets, model, criterion, loader.num_workers))
     run = Run(opt, device, vocab, loader, dev_set, model, model, criterion, optimizer, RunState())
     fresh = resumed is None or opt.reset_start_epoch
     if resumed:
@@ -319,8 +370,11 @@ def set_up(opt: argparse.Namespace, device: torch.device, resumed: dict | None =
         model.txt_enc.start_from(opt.bert_path)
     if distributed.world_size() > 1:
         run.encoder = DistributedDataParallel(model)
+    if opt.log_images:
+        run_log.check_pictures(model, dev_set, vocab)
     distributed.barrier()  # all have read the files that process 0 may move aside now
-    if distributed.rank() == 0:
+    if distributed.rank() == 0 and not opt.dry_run:
+        run.tracker = open_tracker(opt.tracker, opt.model_name, vars(opt))
         prepare_folders(opt, fresh)
         forget_epochs_from(run.state.epoch, os.path.join(opt.logger_name, "log.jsonl"))
     return run

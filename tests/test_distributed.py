@@ -198,7 +198,7 @@ def test_torchrun_trains_resumes_and_evaluates(tiny):
     flags = train_args(num_epochs=3, val_step=5, no_false_negatives=True)
     done = run(ROOT / "train.py", *flags)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Namespace(") == 1 and len(read_log("run")) == 3
+    assert done.stdout.count("SCAN: 3 epochs") == 1 and len(read_log("run")) == 3
     assert sorted(name for name in os.listdir("run") if name.endswith(".tar")) == [
         *(f"checkpoint_{k}.pth.tar" for k in range(3)),
         "model_best.pth.tar",

@@ -1,0 +1,373 @@
+"""What a run prints while it trains, beside the published lines, and what it warns of.
+
+docs/training.md explains each line. Shapes: N images, M captions.
+"""
+
+import argparse
+import contextlib
+import itertools
+import math
+import os
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from bert import WordPieces
+from data import PrecompDataset
+from losses import ContrastiveLoss, InfoNCELoss
+from metrics import METRICS
+from run_state import RunState
+from scoring import encode_data, rank_by, score_matrix
+from util import distributed
+from util.cli import InputError, progress, say
+from util.log import (
+    Average,
+    NoWriter,
+    Phase,
+    StepLog,
+    Writers,
+    duration,
+    read_json_lines,
+    sign_of_life,
+)
+from vocab import Vocabulary
+
+PICTURES = 4  # dev pairs that --log_images draws
+SOME_STEPS = 100  # with fewer steps, a run is judged at its end only
+SHIFTS = 10  # captions and images are tried out of step by up to as many
+
+
+class RunLog:
+    """Prints what --quiet leaves out, warns, and passes numbers on to TensorBoard.
+
+    Each warning is printed once. train.py prints the published lines of a validation itself.
+    """
+
+    def __init__(
+        self,
+        opt: argparse.Namespace,
+        state: RunState,
+        criterion: nn.Module,
+        dev_set: PrecompDataset,
+        writer,
+    ):
+        self.opt, self.state, self.criterion, self.writer = opt, state, criterion, writer
+        self.dev_set, self.image_of = dev_set, rank_by(dev_set)
+        self.start, self.first_step = time.monotonic(), state.Eiters
+        self.validation: float | None = None  # seconds
+        self.steps: StepLog | None = None  # of the epoch under way
+        self.behind = False  # whether dev's recalls are low, at the last validation
+        self.saved_here = False  # whether this process has saved the best so far
+        log = read_json_lines(os.path.join(opt.logger_name, "log.jsonl"))  # of a resumed run
+        self.best_epoch = next((x["epoch"] for x in log if x["rsum"] == state.best_rsum), None)
+        self.said: set[str] = set()  # kinds of warnings
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.steps:
+            self.steps.write()
+        self.writer.close()
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        self.writer.add_scalar(tag, value, step)
+
+    def epoch_begins(self, batches: int) -> StepLog:
+        """The log of the steps of an epoch of `batches` steps, which may be under way."""
+        opt, state = self.opt, self.state
+        phase = None
+        if not opt.quiet:
+            name, summed = phase_of(self.criterion, state.epoch)
+            phase = Phase(name, summed, opt.num_epochs - state.epoch - 1, opt.val_step)
+            phase.validation = self.validation
+        loss = Average(state.loss_sum, state.loss_count)
+        self.batches = batches
+        self.steps = StepLog(self.writer, opt.log_step, loss, phase)
+        return self.steps
+
+    def working(self, what: str) -> contextlib.AbstractContextManager:
+        """For a long piece of work between two steps."""
+        if self.steps:
+            self.steps.write()  # trackers want the values of earlier steps first
+        return sign_of_life(what, self.opt.quiet)
+
+    def validation_is_done(self, metrics: dict, scores: np.ndarray, seconds: float) -> None:
+        """Print the table of a validation with scores (N, M), and look for what may be wrong.
+
+        `metrics` are those of retrieval_metrics.
+        """
+        state = self.state
+        self.validation = seconds
+        if self.steps and self.steps.phase:
+            self.steps.phase.validation, self.steps.said = seconds, time.monotonic()
+        at_end = state.batch == self.batches
+        if not self.opt.quiet:
+            shape = scores.shape if self.image_of is not None else None
+            say(table(metrics, f"dev, epoch {state.epoch}", shape))
+            say(f"  {self._beside_the_best(metrics['rsum'], at_end)}")
+        if self.image_of is None:
+            return
+        self.behind = worse_than(0.25, metrics, len(scores))
+        shift = find_shift(scores, self.image_of.numpy())
+        if shift:
+            self.warn("shift", out_of_step(self.dev_set, shift))
+        elif at_end and self.is_old_enough(state.epoch) and at_chance(metrics, *scores.shape):
+            self.warn(
+                "chance",
+                f"R@1 on dev is at chance after {state.Eiters:,} steps ({metrics['i2t']['r1']:.1f} "
+                f"and {metrics['t2i']['r1']:.1f} %, chance {100 / len(scores):.2g} %): see whether "
+                "the captions of train stand beside their images, then try another --learning_rate "
+                "or --vse_mean_warmup_epochs 1",
+            )
+
+    def _beside_the_best(self, rsum: float, at_end: bool) -> str:
+        said, best = f"sum of the six recalls {rsum:.1f}", self.state.best_rsum
+        which = "" if self.best_epoch is None else f", epoch {self.best_epoch}"
+        if not at_end:
+            said += f" inside epoch {self.state.epoch}"
+        if best < 0:
+            return said
+        if rsum > best and at_end:
+            return f"{said}: better than the best before it ({best:.1f}{which})"
+        return f"{said}; the best epoch so far: {best:.1f}{which}"
+
+    def epoch_is_saved(self, is_best: bool) -> None:
+        """Call this when the checkpoint of an epoch is written and the next epoch is due."""
+        opt, epoch = self.opt, self.state.epoch - 1
+        if is_best:
+            self.best_epoch, self.saved_here = epoch, True
+            if not opt.quiet:
+                say(f"new best: saved {os.path.join(opt.model_name, 'model_best.pth.tar')}")
+        losses = self.steps.losses
+        whole = len(losses) == self.batches and only_hardest(self.criterion, epoch)
+        if (
+            whole
+            and self.behind
+            and self.is_old_enough(epoch)
+            and at_twice_the_margin(self.criterion, losses)
+        ):
+            margin, warmup = self.criterion.margin, self.criterion.warmup_epochs
+            self.warn(
+                "plateau",
+                f"the loss sat at twice the margin, {2 * margin:g} a pair, for epoch {epoch}, and "
+                "images are hardly told apart (all scores are alike); start again with "
+                f"--vse_mean_warmup_epochs {warmup + 1}, or a lower --learning_rate",
+            )
+
+    def is_old_enough(self, epoch: int) -> bool:
+        """Whether the model should have learned something at the end of an epoch."""
+        return self.state.Eiters >= SOME_STEPS or epoch == self.opt.num_epochs - 1
+
+    def warn(self, kind: str, text: str) -> None:
+        if kind not in self.said:
+            self.said.add(kind)
+            say(f"warning: {text}")
+
+    def what_was_done(self) -> str:
+        """One line on the work of this process; empty if it had nothing to do."""
+        steps = self.state.Eiters - self.first_step
+        if not steps:
+            return ""
+        took = duration(time.monotonic() - self.start)
+        return f"done: epoch {self.state.epoch - 1}, the last; {steps:,} steps took {took}"
+
+
+def open_writer(opt: argparse.Namespace, state: RunState, tracker) -> Writers | NoWriter:
+    """TensorBoard's writer together with the tracker's, on process 0."""
+    if distributed.rank() > 0:
+        return NoWriter()
+    tb = SummaryWriter(opt.logger_name, purge_step=state.Eiters + 1, flush_secs=5)
+    return Writers(tb, tracker)
+
+
+def phase_of(criterion: nn.Module, epoch: int) -> tuple[str, bool]:
+    """What the loss of an epoch is, in words, and whether it is a sum over the batch."""
+    if isinstance(criterion, ContrastiveLoss):
+        return "hardest negatives" if only_hardest(criterion, epoch) else "summed hinge", True
+    return "InfoNCE" if isinstance(criterion, InfoNCELoss) else type(criterion).__name__, False
+
+
+def only_hardest(criterion: nn.Module, epoch: int) -> bool:
+    """Whether the loss of an epoch is the hinge of the hardest negatives."""
+    hinge = isinstance(criterion, ContrastiveLoss) and criterion.max_violation
+    return hinge and epoch >= criterion.warmup_epochs
+
+
+def table(metrics: dict, head: str, shape: tuple[int, int] | None) -> str:
+    """The metrics of a validation with their names; `shape` (N, M) gives the row of chance."""
+    lines = [f"  {head:<14}{'R@1':>7}{'R@5':>7}{'R@10':>7}{'median':>8}{'mean':>8}"]
+    for way, name in (("i2t", "image to text"), ("t2i", "text to image")):
+        r1, r5, r10, medr, meanr = (metrics[way][x] for x in METRICS)
+        lines.append(f"  {name:<14}{r1:>7.1f}{r5:>7.1f}{r10:>7.1f}{medr:>8.0f}{meanr:>8.1f}")
+    if shape:
+        chances = (100 * min(k / shape[0], 1) for k in (1, 5, 10))
+        lines.append(f"  {'by chance':<14}" + "".join(f"{x:>7.1f}" for x in chances))
+    return "\n".join(lines)
+
+
+# What may be wrong
+
+
+def at_twice_the_margin(criterion: nn.Module, losses: list[tuple[float, int]]) -> bool:
+    """Whether the (loss, pairs) of an epoch's steps all lie near twice the margin.
+
+    If all scores are alike, each pair pays the margin of its hardest negative in both directions.
+    A run that learns may be there for an epoch too: only its recalls tell the two apart.
+    """
+    level = 2 * criterion.margin
+    near = sum(size for loss, size in losses if abs(loss / size - level) <= 0.03 * level)
+    return level > 0 and near >= 0.9 * sum(size for _, size in losses)
+
+
+def worse_than(place: float, metrics: dict, n: int) -> bool:
+    """Whether captions rank their image behind `place` of the n images, on average, beyond doubt.
+
+    0.5 is chance. The doubt is two standard deviations of random ranks of n images.
+    """
+    mean = (metrics["t2i"]["meanr"] - 1) / max(n - 1, 1)
+    return mean - 2 * math.sqrt(1 / 12 / n) > place
+
+
+def at_chance(metrics: dict, n: int, m: int) -> bool:
+    """Whether recalls among n images and m captions are those of random scores, beyond doubt.
+
+    R@1 must be within four standard deviations of chance in both directions, where the captions of
+    an image may all rise or fall together. And the mean rank of the images must be clearly worse
+    than that of a model that has begun to learn; on a few images this cannot be told, so there is
+    no warning.
+    """
+    if n < 2:
+        return False
+    k = m / n
+    for way, queries, together in (("i2t", n, 1), ("t2i", m, k)):
+        expected = queries / n
+        hits = metrics[way]["r1"] * queries / 100
+        if hits > expected + 4 * math.sqrt(together * expected):
+            return False
+    return worse_than(0.35, metrics, n)
+
+
+class Shift(NamedTuple):
+    """Captions belong to the images of captions `by` lines before them, or to images `by` on."""
+
+    by: int
+    unit: str  # captions or images
+    found: float  # percent of the captions that find their image so
+    as_paired: float  # percent that find it as they are paired
+
+
+def find_shift(scores: np.ndarray, image_of: np.ndarray) -> Shift | None:
+    """Whether captions fit images better if all are shifted by a constant number; None: no.
+
+    scores (N, M), image_of (M,). For each shift, the captions whose image it changes are looked at:
+    how many find their image as they are paired, how many the shifted one? A model that confuses
+    neighbours, such as two photos of one scene, finds both as often. So more must find the shifted
+    one than twice as many as the own one, and of many images.
+    """
+    n, m = scores.shape
+    first, rows = scores.argmax(0), np.arange(m)  # (M,) what each caption finds
+    found: dict[str, list[tuple[float, bool, Shift]]] = {"images": [], "captions": []}
+    shifts = [by for by in range(-SHIFTS, SHIFTS + 1) if by]
+    for by, unit in itertools.product(shifts, found):
+        if unit == "images":
+            other = image_of + by  # (M,)
+            there = (other >= 0) & (other < n)
+        else:
+            other = image_of[(rows - by).clip(0, m - 1)]  # (M,)
+            there = (rows - by >= 0) & (rows - by < m)
+        there &= other != image_of
+        shifted, own = (first == other) & there, (first == image_of) & there
+        by_image = np.bincount(image_of, shifted.astype(float) - own, n)  # (N,)
+        gain, spread = by_image.sum(), math.sqrt((by_image**2).sum())
+        enough = there.sum() * max(0.05, 5 / n) + 2 * own.sum()
+        certain = gain > 0 and gain >= 3 * spread and shifted.sum() >= enough
+        percents = (100 * (first == x).mean() for x in (other, image_of))
+        found[unit].append((gain, certain, Shift(by, unit, *percents)))
+    images, captions = (max(x, key=lambda x: x[0]) for x in found.values())
+    # Five captions may be one image, and then four or six are nearly that.
+    near = images[0] + 2 * math.sqrt(max(captions[0], 0)) >= captions[0]
+    _, certain, shift = images if near else captions
+    return shift if certain else None
+
+
+def out_of_step(dev_set: PrecompDataset, shift: Shift) -> str:
+    """What to say of a shift."""
+    by, unit = shift.by, shift.unit
+    if unit == "images":
+        fits = f"the captions of image n fit image n {'+' if by > 0 else '-'} {abs(by)}"
+    else:
+        where = "before" if by > 0 else "after"
+        fits = f"each caption fits the image of the line {abs(by)} {where} it"
+    return (
+        f"{dev_set.caption_path} and {dev_set.path} are out of step by {abs(by)} "
+        f"{unit if abs(by) > 1 else unit[:-1]}: {fits} (R@1 {shift.found:.1f} %, as paired "
+        f"{shift.as_paired:.1f} %); look for an extra or a missing line in the one or row in the "
+        "other, in train too"
+    )
+
+
+# Pictures
+
+
+def draw_pairs(
+    model: nn.Module, dev_set: PrecompDataset, vocab: Vocabulary | WordPieces, writer, step: int
+) -> None:
+    """Draw the attention of four pairs spread over dev, always the same, as figures of a step."""
+    from explain import explain_pair, region_boxes  # matplotlib is needed for pictures only
+    from util.attention_figure import draw
+
+    captions = np.linspace(0, dev_set.n_captions - 1, PICTURES).astype(int)
+    for caption in np.unique(captions).tolist():
+        shown = explain_pair(model, dev_set, caption, vocab)
+        boxes, size = region_boxes(dev_set, int(dev_set.image_of[caption]))
+        writer.add_figure(f"attention/caption_{caption}", draw(shown, boxes, size), step)
+
+
+def check_pictures(
+    model: nn.Module, dev_set: PrecompDataset, vocab: Vocabulary | WordPieces
+) -> None:
+    """Raise InputError, before training, if pairs of this model cannot be drawn."""
+
+    class Nowhere:
+        def add_figure(self, *_):
+            pass
+
+    try:
+        draw_pairs(model, dev_set, vocab, Nowhere(), 0)
+    except InputError as error:
+        raise InputError(f"--log_images: {error}") from None
+
+
+# A dry run
+
+
+@torch.inference_mode()
+def time_validation(model: nn.Module, dev_set: PrecompDataset, seconds: float = 20.0) -> float:
+    """How long a validation takes; scoring is cut off after some seconds, and extrapolated."""
+    start = time.monotonic()
+    images, captions = encode_data(model, dev_set)
+    encoded = time.monotonic()
+    words = done = 0
+    for group in captions:
+        words += int(dev_set.lengths[group["index"]].sum())
+    for group in captions:
+        score_matrix(model, images, [group], n_captions=dev_set.n_captions)
+        done += int(dev_set.lengths[group["index"]].sum())
+        if time.monotonic() - encoded > seconds:
+            break
+    scoring = time.monotonic() - encoded
+    return encoded - start + scoring * words / max(done, 1)
+
+
+def read_all(dataset: PrecompDataset, name: str) -> None:
+    """Read each image and each caption of a split once, divided between the processes."""
+    ranks = distributed.rank(), distributed.world_size()
+    for image in progress(range(ranks[0], dataset.n_images, ranks[1]), f"reading {name}"):
+        dataset.image_item(image)
+    for caption in range(ranks[0], dataset.n_captions, ranks[1]):
+        dataset.caption_item(caption)
