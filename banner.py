@@ -8,7 +8,6 @@ import os
 import platform
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from data import PrecompDataset
 from run_log import RunLog
 from util import distributed
 from util.fingerprint import fingerprint
+from util.git import commit_of
 from util.log import duration
 from vocab import Vocabulary
 
@@ -52,7 +52,7 @@ def banner(
         "device": f"{device_name(device)}; loading: {count(workers, 'more process')}",
         "seed": f"{opt.seed}",
         "versions": versions(),
-        "code": git_commit(),
+        "code": code(),
         "writes": folders(opt),
         "options": f"other than {title}'s defaults:",
     }
@@ -142,27 +142,13 @@ def versions() -> str:
     return f"Python {platform.python_version()}, PyTorch {torch.__version__}{cuda}"
 
 
-def git_commit() -> str | None:
+def code() -> str | None:
     """The commit of the code; None where it is no clone, or there is no git."""
-    if not (HERE / ".git").exists():
+    found = commit_of(HERE)
+    if found is None:
         return None
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    commit = done.stdout.strip()
-    if done.returncode or not commit:
-        return None
-    return f"git commit {commit.removesuffix('-dirty')}" + (
-        ", and changes that are not committed" if commit.endswith("-dirty") else ""
-    )
+    changed = ", and changes that are not committed" if found.endswith("-dirty") else ""
+    return f"git commit {found[:7]}{changed}"
 
 
 def folders(opt: argparse.Namespace) -> str:

@@ -10,7 +10,6 @@ import io
 import math
 import os
 import platform
-import subprocess
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -23,6 +22,7 @@ from metrics import METRICS
 from ranking import Ranking
 from util.cli import InputError, progress, replacing
 from util.fingerprint import fingerprint_of
+from util.git import commit_of
 
 CONFIDENCE = 0.95
 WAYS = "i2t", "t2i"
@@ -132,26 +132,13 @@ def versions() -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "commit": commit(),
+        "commit": commit_of(os.path.dirname(os.path.abspath(__file__))),
         "date": now(),
     }
 
 
 def now() -> str:
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-
-
-def commit() -> str | None:
-    """This project's git commit, with `-dirty` if files differ from it; None outside of git."""
-    root = os.path.dirname(os.path.abspath(__file__))
-    if not os.path.exists(os.path.join(root, ".git")):
-        return None  # not what holds the project: that is the repository of something else
-    how = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(["git", "-C", root, *how], capture_output=True, text=True)
-    except OSError:  # git is not installed
-        return None
-    return done.stdout.strip() or None
 
 
 def plain(x):

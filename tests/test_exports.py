@@ -4,7 +4,6 @@ import csv
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -147,27 +146,6 @@ def test_values_that_json_has_no_word_for():
         **{"e": [[1.0, None]], "f": None, "g": True},
     }
     json.dumps(got, allow_nan=False)
-
-
-def test_outside_of_git_there_is_no_commit(tmp_path):
-    """Nor where git is missing, nor where another project's repository holds this one."""
-    assert exports.commit() is None or len(exports.commit().removesuffix("-dirty")) == 40
-    ask = [sys.executable, "-c", "import exports; print(exports.commit())"]
-    inner = tmp_path / "theirs" / "inner"
-    shutil.copytree(Path(exports.__file__).parent, inner, ignore=only_code)
-    git = shutil.which("git")
-    said = [subprocess.run(ask, cwd=inner, capture_output=True, text=True)]
-    if git:
-        subprocess.run([git, "init", "-q", tmp_path / "theirs"], check=True)
-        said.append(subprocess.run(ask, cwd=inner, capture_output=True, text=True))
-    none = os.environ | {"PATH": str(tmp_path)}
-    said.append(subprocess.run(ask, cwd=inner, capture_output=True, text=True, env=none))
-    assert [done.stdout.strip() for done in said] == ["None"] * len(said), said
-
-
-def only_code(folder: str, names: list[str]) -> list[str]:
-    top = Path(folder) == Path(exports.__file__).parent
-    return [n for n in names if not n.endswith(".py") and not (top and n == "util")]
 
 
 # CSV

@@ -82,25 +82,14 @@ def test_banner_shows_only_options_that_differ(tiny_graphs, capsys):
     assert " ".join(lines[:start]).count("_graph ") == 2
 
 
-def test_a_folder_that_is_no_clone_has_no_commit(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(banner, "HERE", tmp_path)
-    assert banner.git_commit() is None
-    (tmp_path / ".git").mkdir()  # not a repository
-    assert banner.git_commit() is None
-    monkeypatch.setenv("PATH", "")  # no git
-    assert banner.git_commit() is None
-    assert capfd.readouterr() == ("", "")
-
-
-def test_a_clone_has_a_commit(tmp_path, monkeypatch):
-    monkeypatch.setattr(banner, "HERE", tmp_path)
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@y"]
-    (tmp_path / "file").write_text("1")
-    for command in (["init", "-q"], ["add", "file"], ["commit", "-q", "-m", "x"]):
-        subprocess.run([*git, *command], check=True)
-    assert re.fullmatch(r"git commit [0-9a-f]{7,}", banner.git_commit())
-    (tmp_path / "file").write_text("2")
-    assert banner.git_commit().endswith(", and changes that are not committed")
+def test_the_commit_of_the_code(monkeypatch):
+    for found, said in (
+        (None, None),
+        ("a" * 40, "git commit aaaaaaa"),
+        (f"{'b' * 40}-dirty", "git commit bbbbbbb, and changes that are not committed"),
+    ):
+        monkeypatch.setattr(banner, "commit_of", lambda folder, found=found: found)
+        assert banner.code() == said
 
 
 # Lines of steps and validations
