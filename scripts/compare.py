@@ -7,21 +7,20 @@
 All systems get the flags of PROTOCOL; each also gets the flags of its own row (`System.compared`).
 `--minutes` gives each system the same wall time, including validation: the time of its second epoch
 decides how many whole epochs fit (at least two). The learning rate is divided by ten after 70 % of
-the epochs. The best epoch on dev is tested. The script writes table.md (means over the seeds, and
-the standard deviation of the sample) and table.csv (one row per run) to --out. If it is stopped,
-the same command continues after the last whole epoch; with other flags or other captions, earlier
-runs move to earlier_1. If there is no test split, dev becomes the test split, the last tenth of the
-training images (at most 200) becomes dev, and the vocabulary is built from the new train and dev.
+the epochs. The best epoch on dev is tested. The script writes table.md (means over the seeds, the
+standard deviation of the sample, 95 % intervals, paired tests; needs scipy) and table.csv (one row
+per run) to --out. If it is stopped, the same command continues after the last whole epoch; with
+other flags or other captions, earlier runs move to earlier_1. If there is no test split, dev
+becomes the test split, the last tenth of the training images (at most 200) becomes dev, and the
+vocabulary is built from the new train and dev.
 """
 
 import argparse
-import csv
 import json
 import math
 import os
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -35,12 +34,21 @@ sys.path.insert(0, str(ROOT))
 import checkpoint as ckpt
 import evaluation
 import options
-import systems
 import vocab
 from caption_images import CaptionImages, caption_images
-from scripts.benchmark import machine
+from intervals import check_scipy
+from ranking import Ranks
+from scripts.compare_table import (
+    RECALLS,
+    SYSTEMS,
+    own_flags,
+    read_ranks,
+    run_intervals,
+    save_ranks,
+    write,
+)
 from system import System
-from util.arguments import COUNT, FOLDER, FROM_0, POSITIVE
+from util.arguments import COUNT, FOLDER, FROM_0, POSITIVE, Parser
 from util.arrays import open_array, read_sizes
 from util.cli import InputError, replacing, run
 from util.devices import pick_device
@@ -51,19 +59,10 @@ PROTOCOL = (
     "--batch_size 128 --learning_rate 5e-4 --bi_gru --max_violation --vse_mean_warmup_epochs 1 "
     "--val_step 0 --log_step 50 --workers 1"
 )
-# The systems to compare: `compared` is a title, and the flags of the paper's Flickr30K row.
-SYSTEMS = {name: system for name, system in systems.SYSTEMS.items() if system.compared}
-WAYS = [(way, f"r{k}") for way in ("i2t", "t2i") for k in (1, 5, 10)]
-RECALLS = [f"{way}_{name}" for way, name in WAYS]
 HELD_OUT = 200
 # Flags of train.py that this script sets; they must not follow --.
 SET_HERE = "model data_path data_name vocab_path img_dim device seed num_epochs lr_update resume"
 SET_HERE = [f"--{name}" for name in f"{SET_HERE} model_name logger_name".split()]
-
-
-def own_flags(system: str) -> str:
-    """The flags of a system's row."""
-    return f"--model {system} {SYSTEMS[system].compared[1]}"
 
 
 def hold_out(source: Path, folder: Path) -> None:
@@ -214,8 +213,8 @@ def fit(folder: Path, flags: list[str], opt: argparse.Namespace) -> list[dict]:
 
 def one_run(
     system: str, seed: int, flags: list[str], opt: argparse.Namespace
-) -> dict[str, int | float | str]:
-    """Train and test one system with one seed; return its row of table.csv."""
+) -> tuple[dict[str, int | float | str], Ranks]:
+    """Train and test one system with one seed; return its row of table.csv, and its ranks."""
     folder = Path(opt.out) / f"{system}_seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     asked = {"flags": flags, "minutes": opt.minutes, "num_epochs": opt.num_epochs}
@@ -224,97 +223,47 @@ def one_run(
     if not known.is_file() or json.loads(known.read_text()) != asked:
         if known.is_file():
             ckpt.prepare(opt.out, ("table.*",))
-        ckpt.prepare(str(folder), ("*.pth.tar", "*.json*", "*.log", "events.out.tfevents.*"))
+        old = "*.pth.tar", "*.json*", "*.npz", "*.log", "events.out.tfevents.*"
+        ckpt.prepare(str(folder), old)
         known.write_text(json.dumps(asked))
-    done = folder / f"result_{opt.split}.json"
-    if done.is_file():
+    done, ranks = (folder / f"{x}" for x in (f"result_{opt.split}.json", f"ranks_{opt.split}.npz"))
+    if done.is_file() and ranks.is_file():
         print(f"{folder}: done before")
-        return json.loads(done.read_text())
+        return json.loads(done.read_text()), read_ranks(ranks)
     print(f"{SYSTEMS[system].compared[0]}, seed {seed}: {shlex.join(flags)}", flush=True)
-    log = fit(folder, flags, opt)
+    # A result without ranks, of an older version, is of a finished training.
+    log = read_log(folder) if done.is_file() else fit(folder, flags, opt)
     best = str(folder / "model_best.pth.tar")
     model, _, _ = ckpt.load_model(best)
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
     del model
     start = time.perf_counter()
-    metrics = evaluation.evalrank(best, split=opt.split, device=opt.device)
+    metrics, found = evaluate(best, opt)
     seconds = time.perf_counter() - start
     result = {"system": system, "seed": seed, "epochs": len(log)}
     result["best_epoch"] = max(log, key=lambda epoch: epoch["rsum"])["epoch"] + 1
-    result |= {f"{way}_{name}": metrics[way][name] for way, name in WAYS}
+    result |= {name: metrics[name[:3]][name[4:]] for name in RECALLS}
     result |= {"rsum": metrics["rsum"], "parameters": weights}
     result |= {"train_minutes": sum(epoch["seconds"] for epoch in log) / 60}
     result |= {"test_seconds": seconds, "peak_mib": max(epoch["peak_mib"] or 0 for epoch in log)}
-    result |= {"flags": shlex.join(flags)}
+    result |= run_intervals(found) | {"flags": shlex.join(flags)}
     with replacing(done) as part:
         Path(part).write_text(json.dumps(result))
-    return result
+    save_ranks(ranks, found)
+    return result, found
 
 
-def last_of_each(flags: list[str]) -> str:
-    """The flags that take effect: if one is given twice, the last."""
-    kept: dict[str, list[str]] = {}
-    for flag in flags:
-        name, equals, value = flag.partition("=")
-        if flag.startswith("--"):
-            kept.pop(name, None)
-            kept[name] = [value] if equals else []
-        else:
-            kept[list(kept)[-1]].append(flag)
-    return shlex.join(part for name, values in kept.items() for part in (name, *values))
-
-
-def table(results: list[dict], opt: argparse.Namespace) -> str:
-    """The table in Markdown: one row per system, with means over its seeds."""
-    where = machine()
-    device = where["gpu"] if opt.device != "cpu" and where["gpu"] else where["cpu"]
-    time_given = f"{opt.minutes:g} minutes" if opt.minutes else f"{opt.num_epochs} epochs"
-    lines = [
-        f"{opt.data_name}, {opt.split} split; {time_given} each; seeds "
-        f"{', '.join(map(str, opt.seeds))}; {device}, {where['threads']} threads, torch "
-        f"{where['torch']}.",
-        "",
-        f"All: `{last_of_each([*PROTOCOL.split(), *opt.flags])}`",
-        "",
-        "| | image to text R@1 / 5 / 10 | text to image R@1 / 5 / 10 | summed recalls | epochs "
-        "(best on dev) | parameters | training | test | peak memory of training |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for system in opt.systems:
-        runs = [result for result in results if result["system"] == system]
-
-        def mean(name: str, form: str = ".1f", runs: list[dict] = runs) -> str:
-            return format(statistics.mean(result[name] for result in runs), form)
-
-        total = mean("rsum")
-        if len(runs) > 1:
-            total += f" (sd {statistics.stdev(result['rsum'] for result in runs):.1f})"
-        epochs = ", ".join(f"{result['epochs']} ({result['best_epoch']})" for result in runs)
-        recalls = [" / ".join(mean(name) for name in part) for part in (RECALLS[:3], RECALLS[3:])]
-        cells = [SYSTEMS[system].compared[0], *recalls, total, epochs]
-        cells.append(f"{runs[0]['parameters'] / 1e6:.1f} M")
-        cells += [f"{mean('train_minutes')} min", f"{mean('test_seconds', '.0f')} s"]
-        cells.append(f"{mean('peak_mib', '.0f')} MiB")
-        lines.append(f"| {' | '.join(cells)} |")
-    own = [f"{SYSTEMS[s].compared[0]}: `{own_flags(s)}`" for s in opt.systems]
-    return "\n".join([*lines, "", *(f"- {line}" for line in own), ""])
-
-
-def write(results: list[dict], opt: argparse.Namespace) -> None:
-    """Write table.md and table.csv of the finished runs."""
-    done = argparse.Namespace(**vars(opt))
-    done.systems = [s for s in opt.systems if any(result["system"] == s for result in results)]
-    (Path(opt.out) / "table.md").write_text(table(results, done))
-    with open(Path(opt.out) / "table.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(results[0]))
-        writer.writeheader()
-        writer.writerows(results)
+def evaluate(path: str, opt: argparse.Namespace) -> tuple[dict, Ranks]:
+    """The metrics of a checkpoint on --split, as evalrank prints them, and the ranks."""
+    where = {"data_path": None, "vocab_path": None, "batch_size": None}  # as in training
+    where |= {"split": opt.split, "device": pick_device(opt.device)}
+    ranking = evaluation.rank_models([path], False, None, False, **where)
+    return ranking.metrics, ranking.ranks
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__.splitlines()[0],
-        allow_abbrev=False,
         usage="%(prog)s [-h] --data_path DATA_PATH --data_name DATA_NAME (--minutes M | "
         "--num_epochs N) [...] [-- flags of train.py for all]",
     )
@@ -350,16 +299,19 @@ def main(argv: list[str] | None = None) -> None:
     opt.out = opt.out or f"runs/compare_{opt.data_name}"
     opt.seeds, opt.systems = (list(dict.fromkeys(x)) for x in (opt.seeds, opt.systems))
     pick_device(opt.device)
+    check_scipy()
     flags_of = {s: [*PROTOCOL.split(), *own_flags(s).split(), *opt.flags] for s in opt.systems}
     for flags in flags_of.values():  # find wrong flags before hours of training
         options.parse(flags)
     data = prepare(opt)
-    results = []
+    results, ranks = [], []
     for seed in opt.seeds:
         for system in opt.systems:
             flags = [*data, "--device", opt.device, "--seed", str(seed), *flags_of[system]]
-            results.append(one_run(system, seed, flags, opt))
-            write(results, opt)
+            result, found = one_run(system, seed, flags, opt)
+            results.append(result)
+            ranks.append(found)
+            write(results, ranks, opt, [*PROTOCOL.split(), *opt.flags])
     print((Path(opt.out) / "table.md").read_text())
 
 

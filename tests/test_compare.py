@@ -12,7 +12,7 @@ import pytest
 
 import vocab
 from caption_images import caption_images
-from scripts import compare
+from scripts import compare, compare_table
 from tests.conftest import read_log
 from util.arrays import read_sizes
 from util.cli import InputError
@@ -46,7 +46,12 @@ def test_two_systems_and_two_seeds(tiny_graphs, capsys, monkeypatch):
     assert text in capsys.readouterr().out
     line = next(line for line in text.splitlines() if line.startswith("| SCAN"))
     both = [float(row["rsum"]) for row in rows if row["system"] == "scan"]
-    assert f"{np.mean(both):.1f} (sd {np.std(both, ddof=1):.1f})" in line
+    assert f"| {np.mean(both):.1f} (sd {np.std(both, ddof=1):.1f}) [" in line
+    for row in rows:
+        for name in ("rsum", *compare.RECALLS):
+            low, high = (float(row[f"{name}_{end}"]) for end in ("low", "high"))
+            assert low <= float(row[name]) <= high and low < high
+    assert text.count("| SCAN t-i AVG, GSMN dense | ") == 1 and "for these 2 tests" in text
 
     def never(*_):
         raise AssertionError("trained again")
@@ -60,6 +65,46 @@ def test_two_systems_and_two_seeds(tiny_graphs, capsys, monkeypatch):
     assert (tiny_graphs / "out/scan_seed0/earlier_1/result_test.json").read_text() == result
     assert (tiny_graphs / "out/earlier_1/table.md").read_text() == text
     assert (tiny_graphs / "out/gsmn_seed0/result_test.json").is_file()
+
+
+def test_a_result_without_ranks_is_tested_again_but_not_trained(tiny, monkeypatch, capsys):
+    """It is of an older version, without intervals."""
+    args = [*ARGS, "--num_epochs", "1", "--systems", "scan", *TINY.split()]
+    compare.main(args)
+    (first,) = read_table()
+    done, ranks = (tiny / "out/scan_seed0" / x for x in ("result_test.json", "ranks_test.npz"))
+    old = {
+        n: x for n, x in json.loads(done.read_text()).items() if not n.endswith(("_low", "_high"))
+    }
+
+    def never(*_):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(compare, "train", never)
+    done.write_text(json.dumps(old))
+    ranks.unlink()
+    compare.main(args)
+    (second,) = read_table()
+    first.pop("test_seconds"), second.pop("test_seconds")
+    assert first == second and "done before" not in capsys.readouterr().out
+    monkeypatch.setattr(compare, "evaluate", never)
+    compare.main(args)
+    assert "done before" in capsys.readouterr().out
+    whole = ranks.read_bytes()
+    for content in (b"", whole[:300], b"PK no archive", old["flags"].encode()):
+        ranks.write_bytes(content)
+        with pytest.raises(InputError, match="ranks_test.npz: not a file of ranks .*; remove it"):
+            compare.main(args)
+    np.savez(ranks, i2t=np.zeros(3))
+    with pytest.raises(InputError, match="ranks_test.npz: not a file of ranks"):
+        compare.main(args)
+
+
+def test_scipy_is_missed_before_the_training(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    with pytest.raises(InputError, match="tests need scipy: pip install scipy"):
+        compare.main([*ARGS, "--num_epochs", "1", "--systems", "scan", *TINY.split()])
+    assert not (tiny / "out").exists()
 
 
 def test_minutes_choose_the_epochs(tmp_path, monkeypatch):
@@ -121,7 +166,7 @@ def test_stopped_it_ends_its_training_and_goes_on_later(tiny, number):
 
 def test_flags_as_they_take_effect():
     flags = "--batch_size 128 --bi_gru --margin=0.1 --batch_size 64 --x a b --margin 0.2".split()
-    assert compare.last_of_each(flags) == "--bi_gru --batch_size 64 --x a b --margin 0.2"
+    assert compare_table.last_of_each(flags) == "--bi_gru --batch_size 64 --x a b --margin 0.2"
 
 
 def test_dev_is_cut_off_train_where_there_is_no_test(tiny_graphs, capsys):
