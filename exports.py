@@ -63,7 +63,7 @@ def write_json(path: str, ranking: Ranking) -> None:
     n, m = ranking.scores.shape
     record = {
         "metrics": ranking.metrics,
-        "intervals": intervals.recall_intervals(ranking.ranks, CONFIDENCE),
+        "intervals": intervals.intervals_or_none(ranking.ranks, CONFIDENCE),
         "confidence": CONFIDENCE,
         "split": ranking.split,
         "images": n,
@@ -172,7 +172,7 @@ def csv_rows(ranking: Ranking) -> Iterator[dict]:
     """The lines of an evaluation; with five folds, their mean stands first, without a number."""
     sizes = [(len(images), len(captions)) for images, captions in ranking.folds()]
     about = {"date": now(), "source": " + ".join(ranking.sources), "split": ranking.split or ""}
-    found = intervals.recall_intervals(ranking.ranks, CONFIDENCE)
+    found = intervals.intervals_or_none(ranking.ranks, CONFIDENCE) or {way: {} for way in WAYS}
     n, m = (total // len(sizes) for total in ranking.scores.shape)
     parts = [("mean" if ranking.fold5 else "", n, m, ranking.metrics, found)]
     for fold, metrics in enumerate(ranking.metrics.get("folds", []), 1):

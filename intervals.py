@@ -50,6 +50,16 @@ def recall_intervals(
     return ways | dict(zip(("ar", "ari", "rsum"), found[8:], strict=True))
 
 
+def of_one_image(ranks: Ranks) -> bool:
+    """Whether all queries are of one image: then nothing can be drawn, and nothing compared."""
+    return len(np.unique(np.concatenate([*ranks.unit.values()]))) < 2
+
+
+def intervals_or_none(ranks: Ranks, confidence: float = 0.95) -> dict | None:
+    """recall_intervals; None if all queries are of one image."""
+    return None if of_one_image(ranks) else recall_intervals(ranks, confidence)
+
+
 def image_table(ranks: Ranks) -> np.ndarray:
     """A row per image (U, 10): hits at 1, 5 and 10, the sum of ranks, and queries, each way."""
     rows, columns = _rows_of_images(ranks), []

@@ -134,21 +134,14 @@ def columns(ranking: Ranking, labels: list[str], ranks: list[Ranks]) -> list[dic
     found = [(label, metrics_of(ranking, x), x) for label, x in zip(labels, ranks, strict=False)]
     last = "mean of their scores" if ranks else "all"
     found.append((last, ranking.metrics, ranking.ranks))
-    return [{"label": x, "metrics": y, "intervals": intervals_of(z)} for x, y, z in found]
-
-
-def intervals_of(ranks: Ranks) -> dict | None:
-    """The intervals of a source; None if there is one image: nothing can be drawn."""
-    return None if of_one_image(ranks) else intervals.recall_intervals(ranks)
-
-
-def of_one_image(ranks: Ranks) -> bool:
-    return len(np.unique(np.concatenate([*ranks.unit.values()]))) < 2
+    return [
+        {"label": x, "metrics": y, "intervals": intervals.intervals_or_none(z)} for x, y, z in found
+    ]
 
 
 def tests(labels: list[str], ranks: list[Ranks]) -> list[dict]:
     """The paired tests of each source against the first, with Holm's correction if several."""
-    if len(ranks) < 2 or of_one_image(ranks[0]):
+    if len(ranks) < 2 or intervals.of_one_image(ranks[0]):
         return []
     found = []
     for label, other in zip(labels[1:], ranks[1:], strict=True):

@@ -203,6 +203,14 @@ def test_another_table_is_left_alone(tmp_path, monkeypatch, other):
     assert Path("a.csv").read_text() == other
 
 
+def test_one_image_has_no_intervals(tmp_path):
+    ranking = rank_scores(["a.npy"], np.ones((1, 3), np.float32), None, False)
+    exports.write_json(tmp_path / "a.json", ranking)
+    assert read_json(tmp_path / "a.json")["intervals"] is None
+    exports.write_csv(tmp_path / "a.csv", ranking)
+    assert {(row["r1"], row["r1_low"]) for row in read_csv(tmp_path / "a.csv")} == {("100.0", "")}
+
+
 # TREC
 
 
