@@ -27,7 +27,7 @@ from caption_images import (
 )
 from data import DEV_CAPTIONS
 from ranking import FOLDS, Ranking, rank_scores
-from score_files import check_target, save_scores
+from score_files import check_matrix_target, save_scores
 from scoring import print_counts
 from system import System
 from util.arrays import open_array
@@ -79,7 +79,7 @@ def rank_embeddings(
     """
     if save_path:
         save_path = os.path.expanduser(save_path)
-        check_target(save_path)
+        check_matrix_target(save_path)
     names, scores, pairs = score_embeddings(images, texts, ids, data_path, data_name, split)
     if fold5 and len(scores) < FOLDS:
         raise InputError(f"{names[0]}: {len(scores)} images, too few for five folds")

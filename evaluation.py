@@ -22,6 +22,7 @@ from torch import Tensor
 import checkpoint as ckpt
 import embeddings
 import exports
+import outputs
 import systems
 from caption_images import USUAL
 from embeddings import rank_embeddings
@@ -35,7 +36,14 @@ from metrics import (  # noqa: F401  (people import i2t and t2i from here)
     t2i,
 )
 from ranking import FOLDS, Ranking, rank_and_print, rank_scores  # noqa: F401
-from score_files import check_target, mean_scores, read_mean, save_scores  # noqa: F401
+from score_files import (  # noqa: F401
+    beside,
+    check_matrix_target,
+    check_target,
+    mean_scores,
+    read_mean,
+    save_scores,
+)
 from scoring import (  # noqa: F401
     encode_data,
     encode_split,
@@ -116,7 +124,7 @@ def rank_models(
         raise InputError("no checkpoint to evaluate")
     if save_path:
         save_path = os.path.expanduser(save_path)
-        check_target(save_path)
+        check_matrix_target(save_path)
     for path in paths if published_boxes else []:
         system = systems.of(ckpt.load(path)["opt"])
         if system.published_dataset is None:
@@ -142,6 +150,8 @@ def rank_models(
         scores /= len(paths)
     if save_path and rank() == 0:
         save_scores(save_path, scores, image_of)
+        if scores.shape[0] > scores.shape[1]:
+            print("notice: rank these scores with eval_ensemble(..., candidates=True) only")
     image_of = None if image_of is None else image_of.numpy()
     # More images than captions: several candidate images per caption; see WholeDataset.
     candidates, dataset = scores.shape[0] > scores.shape[1], splits[0].dataset
@@ -179,7 +189,11 @@ def rank_files(
     print_counts(scores.shape, image_of)
     several = keep_parts and len(paths) > 1
     parts = [mean_scores(path) for path in paths] if several else []
-    return rank_scores(list(paths), scores, image_of, fold5, candidates, parts=parts)
+    try:
+        return rank_scores(list(paths), scores, image_of, fold5, candidates, parts=parts)
+    except InputError as error:
+        turned = "" if scores.shape[0] <= scores.shape[1] else "; is the matrix transposed?"
+        raise InputError(f"{', '.join(paths)}: {error}{turned}") from None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -271,14 +285,14 @@ def add_outputs(group) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     opt = parse(argv)
-    check_outputs(opt)
+    outputs.check(opt)
     device = torch.device("cpu") if opt.embeddings else pick_device(opt.device)
     with process_group(device):
         ranking = rank_what_is_given(opt, device)
         if rank() > 0:
             return
     print_paper(opt, ranking.metrics, ranking.scores.shape)
-    write_outputs(opt, ranking)
+    outputs.write(opt, ranking)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -324,43 +338,6 @@ def rank_what_is_given(opt: argparse.Namespace, device: torch.device) -> Ranking
         return rank_files(paths, opt.fold5, keep_parts=compared)
     except InputError as error:
         raise InputError(f"{error}{embeddings.hint(paths)}") from None
-
-
-def check_outputs(opt: argparse.Namespace) -> None:
-    """Raise InputError, before hours of scoring, if an output cannot be written."""
-    for name in ("json", "csv", "trec", "report", "save_path"):
-        if getattr(opt, name):
-            setattr(opt, name, os.path.expanduser(getattr(opt, name)))
-    trec = exports.trec_files(opt.trec) if opt.trec else []
-    read = map(os.path.expanduser, [*opt.checkpoint, *(opt.embeddings or []), opt.ids or ""])
-    seen = set(map(os.path.realpath, read))
-    for path in filter(None, (opt.json, opt.csv, *trec, opt.report, opt.save_path)):
-        check_target(path)
-        if os.path.realpath(path) in seen:
-            raise InputError(f"{path}: an input, or the name of two outputs; give another name")
-        if not os.access(os.path.dirname(path) or ".", os.W_OK):
-            raise InputError(f"{path}: the folder cannot be written to; nothing was scored")
-        seen.add(os.path.realpath(path))
-    exports.check(opt.json, opt.csv, opt.trec)
-    if opt.images and not opt.report:
-        raise InputError("--images: the photos are for --report")
-    if opt.images and not os.path.isdir(os.path.expanduser(opt.images)):
-        raise InputError(f"--images {opt.images}: no such folder")
-    if opt.report:
-        import report  # the page needs packages that an evaluation does not
-
-        report.check(opt.images)
-
-
-def write_outputs(opt: argparse.Namespace, ranking: Ranking) -> None:
-    """Write the files that the command line asks for."""
-    for name in ("json", "csv", "trec"):
-        if getattr(opt, name):
-            getattr(exports, f"write_{name}")(getattr(opt, name), ranking)
-    if opt.report:
-        import report
-
-        report.write(opt.report, ranking, opt.images)
 
 
 def print_paper(opt: argparse.Namespace, metrics: dict, shape: tuple[int, int]) -> None:

@@ -3,6 +3,7 @@
 docs/evaluation.md shows all of them. Shapes: N images, M captions, P right pairs.
 """
 
+import contextlib
 import csv
 import datetime
 import hashlib
@@ -43,14 +44,39 @@ def trec_files(prefix: str) -> list[str]:
     return [f"{prefix}.{way}.{kind}" for way in WAYS for kind in ("run", "qrels")]
 
 
-def check(json: str | None, csv: str | None, trec: str | None) -> None:
+def check(json: str | None, csv: str | None, trec: str | None, report: str | None) -> None:
     """Raise InputError, before hours of scoring, if one of these outputs cannot be made."""
     if trec and os.path.basename(trec) in ("", ".", ".."):
         raise InputError(f"--trec {trec}: a folder; expected the beginning of file names, as scan")
     if json or csv:
         intervals.check_scipy()
     if csv:
-        old_lines(csv)
+        first_line(csv)
+    if json and os.path.isfile(json) and os.path.getsize(json):
+        check_figures(json)
+    if report and os.path.isfile(report) and os.path.getsize(report):
+        check_page(report)
+
+
+def check_page(path: str) -> None:
+    """Raise InputError if a file that would be replaced is no HTML page."""
+    with open(path, "rb") as file:
+        ours = file.read(100).lstrip().lower().startswith(b"<!doctype html")
+    if not ours:
+        raise InputError(f"{path}: exists, and is no report; give another name")
+
+
+def check_figures(path: str) -> None:
+    """Raise InputError if a file that would be replaced is not one of --json."""
+    import json
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            ours = "metrics" in json.load(file)
+    except (ValueError, TypeError):
+        ours = False
+    if not ours:
+        raise InputError(f"{path}: exists, and holds no figures of --json; give another name")
 
 
 # JSON
@@ -162,9 +188,17 @@ def write_csv(path: str, ranking: Ranking) -> None:
     text = io.StringIO(newline="")
     table = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
     table.writerows(csv_rows(ranking))
-    old = old_lines(path)
-    with replacing(path) as part, open(part, "w", **AS_IT_IS) as file:
-        file.write(old + text.getvalue())
+    first_line(path)
+    with open(path, "a+b") as file:  # each write goes to the file's end
+        with contextlib.suppress(ImportError):  # Windows has no fcntl
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)  # for evaluations that run at once
+        file.seek(0)
+        old = file.read()
+        head = "" if old else f"{','.join(COLUMNS)}\n"
+        gap = "" if not old or old.endswith(b"\n") else "\n"
+        file.write(f"{head}{gap}{text.getvalue()}".encode("utf-8", "surrogateescape"))
     print(f"Figures added to {path}")
 
 
@@ -186,20 +220,18 @@ def csv_rows(ranking: Ranking) -> Iterator[dict]:
             yield row
 
 
-def old_lines(path: str) -> str:
-    """The table that is there already, or the head of a new one. Raises InputError if not ours."""
+def first_line(path: str) -> None:
+    """Raise InputError if a file that is there already is not a table of --csv."""
     head = ",".join(COLUMNS)
     if not os.path.exists(path) or not os.path.getsize(path):
-        return f"{head}\n"
+        return
     with open(path, **AS_IT_IS) as file:
         first = file.readline(len(head) + 3)
-        if first.removeprefix("\ufeff").rstrip("\r\n") != head:
-            raise InputError(
-                f"{path}: exists, and is not a table of --csv, to which lines are added: its first "
-                f"line is not {head[:30]}...; give another name"
-            )
-        text = first + file.read()
-    return text if text.endswith("\n") else f"{text}\n"
+    if first.removeprefix("\ufeff").rstrip("\r\n") != head:
+        raise InputError(
+            f"{path}: exists, and is not a table of --csv, to which lines are added: its first "
+            f"line is not {head[:30]}...; give another name"
+        )
 
 
 # TREC
@@ -235,6 +267,11 @@ def names_of(ranking: Ranking) -> tuple[list[str], list[str]]:
     n, m = ranking.scores.shape
     ids = ranking.ids or []
     if len(set(ids)) != n or any(len(name.split()) != 1 for name in ids):
+        if ids:
+            print(
+                "notice: not all image ids differ and are without blanks, so the runs name images "
+                "image_0, image_1, ..."
+            )
         ids = [f"image_{image}" for image in range(n)]
     return ids, [f"caption_{caption}" for caption in range(m)]
 

@@ -107,7 +107,8 @@ def add_log_options(group) -> None:
     )
     group.add_argument(
         "--tracker",
-        choices=["wandb", "trackio"],
+        default="none",
+        choices=["none", "wandb", "trackio"],
         help="send what TensorBoard gets there too (pip install wandb, or trackio)",
     )
 

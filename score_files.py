@@ -6,12 +6,14 @@ per caption: the image (the row of the matrix, from 0) that it describes.
 """
 
 import os
+import tempfile
 from collections.abc import Sequence
 
 import numpy as np
 
 from util.captions import read_lines
 from util.cli import InputError, replacing
+from util.folders import splits_in
 from util.plain_pickle import load_objects
 
 
@@ -21,9 +23,34 @@ def beside(path: str) -> str:
 
 
 def check_target(path: str) -> None:
-    """Raise InputError, before hours of scoring, if a matrix cannot be saved there."""
-    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
+    """Raise InputError, before hours of scoring, if an output cannot be written there.
+
+    Files of a data set are never replaced.
+    """
+    real = os.path.realpath(path)
+    folder, name = os.path.split(real)
+    if os.path.isdir(path) or not os.path.isdir(folder):
         raise InputError(f"{path}: expected a file in an existing folder; nothing was scored")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path}: not a file that can be replaced; give another name")
+    if os.path.exists(path) and any(name.startswith(f"{x}_") for x in splits_in(folder)):
+        raise InputError(f"{path}: exists, and is a file of the data; give another name")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{path}: the folder cannot be written to ({error.strerror}); nothing was scored"
+        ) from None
+
+
+def check_matrix_target(path: str) -> None:
+    """check_target of a score matrix, which may get a table beside it."""
+    check_target(path)
+    if os.path.exists(beside(path)) and not os.path.exists(path):
+        raise InputError(
+            f"{path}: {beside(path)} exists and belongs to something else; give another name"
+        )
 
 
 def in_order(image_of: Sequence[int], n_images: int) -> bool:

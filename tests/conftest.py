@@ -110,6 +110,22 @@ def little(tmp_path):
     return folder, write_bert(folder)
 
 
+@pytest.fixture
+def untrained(tiny):
+    """model.pth.tar with random weights, for the set of tiny."""
+    import checkpoint as ckpt
+    import options
+
+    torch.manual_seed(0)
+    opt = options.parse(train_args(cross_attn="i2t"))
+    opt.word2idx = {str(k): k for k in range(200)}  # as CHAN's have it: no setting, but data
+    words = vocab.deserialize_vocab("vocab/tiny_precomp_vocab.json")
+    state = {"epoch": 3, "opt": opt, "vocab": words.state_dict()}
+    state["model"] = ckpt.state_dicts(ckpt.build_model(opt, len(words)), opt)
+    torch.save(state, "model.pth.tar")
+    return tiny
+
+
 TRAIN = (
     "--data_path data --data_name tiny_precomp --vocab_path vocab --img_dim 12 --embed_size 16 "
     "--word_dim 8 --batch_size 16 --learning_rate 0.01 --workers 0 --val_step 0 --bi_gru "

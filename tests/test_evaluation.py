@@ -359,7 +359,7 @@ def test_an_ensemble_of_saved_matrices(tmp_path, monkeypatch, capsys):
         (["d.npy"], "d.npy: int64 of shape"),
         (["n.npy"], "n.npy: object of shape .., expected scores"),
         (["e.npy"], "expected scores .images, captions."),
-        (["t.npy"], "expected .images, captions. with the same number"),
+        (["t.npy"], "t.npy: .*with the same number.*; is the matrix transposed"),
         ([], "no score matrix"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import checkpoint
 import options
 import train
 from tests.conftest import read_log, write_graphs, write_positions, write_split
@@ -52,6 +53,11 @@ def bash(home, script, *args, **env):
         capture_output=True,
         text=True,
     )
+
+
+def trained(runs: Path, row: str, name: str = "model_best"):
+    """The options of a row's checkpoint."""
+    return checkpoint.load(str(runs / row / f"{name}.pth.tar"))["opt"]
 
 
 def table(out: str) -> list[list[str]]:
@@ -106,9 +112,10 @@ def test_rows(home, row):
     assert done.returncode == 0, done.stdout + done.stderr
     check_sizes(done.stdout, FOLD if "coco" in row else F30K)
     assert ("Mean metrics: " in done.stdout) == ("coco" in row)
-    assert ("cross_attn='i2t'" in done.stdout) == ("i2t" in row)
-    assert ("agg_func='Mean'" in done.stdout) == ("avg" in row)
-    assert "max_violation=True" in done.stdout and "bi_gru=True" in done.stdout
+    opt = trained(home / "runs", row)
+    assert (opt.cross_attn == "i2t") == ("i2t" in row)
+    assert (opt.agg_func == "Mean") == ("avg" in row)
+    assert opt.max_violation and opt.bi_gru
 
 
 @pytest.mark.parametrize(
@@ -134,7 +141,8 @@ def test_a_row_is_resumed(home, tmp_path):
     args = "data", "--num_epochs", "2", "--resume", path
     done = bash(home, row, *args, RUNS=str(run.parent))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "learning_rate=0.003" in done.stdout and "agg_func='LogSumExp'" in done.stdout
+    opt = trained(run.parent, row, "checkpoint_1")
+    assert (opt.learning_rate, opt.agg_func, opt.num_epochs) == (0.003, "LogSumExp", 2)
     log = read_log(run)
     assert [epoch["epoch"] for epoch in log] == [0, 1] and log[1]["lr"] == 0.003
     assert not (run / "earlier_1").exists() and not (home / "runs" / "runX").exists()
@@ -147,8 +155,9 @@ def test_gsmn_rows(home, row):
     assert done.returncode == 0, done.stdout + done.stderr
     check_sizes(done.stdout, *[F30K] * ("f30k" in row))
     assert ("Mean metrics: " in done.stdout) == ("coco" in row)
-    assert f"is_sparse={'sparse' in row}" in done.stdout and "model='gsmn'" in done.stdout
-    assert f"lambda_softmax={20.0 if 'f30k' in row else 10.0}" in done.stdout
+    opt = trained(home / "runs", row)
+    assert (opt.model, opt.is_sparse) == ("gsmn", "sparse" in row)
+    assert opt.lambda_softmax == (20 if "f30k" in row else 10)
 
 
 def test_flags_of_the_pfan_rows():
@@ -181,10 +190,11 @@ def test_pfan_rows(home, row):
     assert done.returncode == 0, done.stdout + done.stderr
     check_sizes(done.stdout)
     assert ("Mean metrics: " in done.stdout) == ("coco" in row)
-    assert f"position='{'only' if 'only' in row else 'attention'}'" in done.stdout
-    assert f"model='pfan{'_whole' if 'tencent' in row else ''}'" in done.stdout
-    assert f"cross_attn='{row[-3:]}'" in done.stdout and "agg_func='Mean'" in done.stdout
-    assert f"lambda_softmax={4.0 if 'i2t' in row else 9.0}" in done.stdout
+    opt = trained(home / "runs", row)
+    assert opt.position == ("only" if "only" in row else "attention")
+    assert opt.model == f"pfan{'_whole' if 'tencent' in row else ''}"
+    assert (opt.cross_attn, opt.agg_func) == (row[-3:], "Mean")
+    assert opt.lambda_softmax == (4 if "i2t" in row else 9)
     data = {"f30k": "f30k_precomp", "coco": "coco_precomp", "tencent": "tencent_data"}
     data = data[row.split("_")[1]]
     assert (home / "data" / data / "test_boxes.npy").exists()  # made where they were missing
@@ -202,18 +212,19 @@ def test_there_is_a_script_for_each_pfan_row():
 def chan_row(home, row, *more):
     done = bash(home, row, "data", *TINY, *more)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "model='chan'" in done.stdout and "drop=True" in done.stdout
+    opt = trained(home / "runs", row)
+    assert opt.model == "chan" and opt.drop
     check_sizes(done.stdout, WHOLE if "coco" in row else F30K)
     assert ("Mean metrics: " in done.stdout) == ("coco" in row)
-    return done.stdout
+    return done.stdout, opt
 
 
 def test_the_chan_rows(home):
     (home / "glove.txt").write_text("red 1 2 3 4 5 6\n")
     glove = "--wemb_path", "glove.txt"
     for row in ("chan_f30k_bigru", "chan_coco_bigru"):
-        said = chan_row(home, row, *glove)
-        assert "Words: 1/" in said and "precomp_enc_type='selfattention'" in said
+        said, opt = chan_row(home, row, *glove)
+        assert "Words: 1/" in said and opt.precomp_enc_type == "selfattention"
     done = bash(home, "chan_f30k_bigru", "data", *TINY)
     assert done.returncode == 1 and "expected glove or fasttext, and the file" in done.stderr
 
@@ -224,8 +235,8 @@ def test_the_chan_rows_with_bert(home):
     folder.mkdir()
     small_bert.write_bert(folder)
     for row in ("chan_f30k_bert", "chan_coco_bert"):
-        said = chan_row(home, row, "--bert_path", "bert")
-        assert "text_enc_type='bert'" in said and "precomp_enc_type='basic'" in said
+        _, opt = chan_row(home, row, "--bert_path", "bert")
+        assert (opt.text_enc_type, opt.precomp_enc_type) == ("bert", "basic")
 
 
 @pytest.mark.parametrize("name", ["f30k", "coco"])

@@ -42,8 +42,10 @@ def run(main: Callable[[], None], clean_up: bool = False) -> None:
 def replacing(path: str | os.PathLike, suffix: str = ".part") -> Iterator[str]:
     """Yield a temporary name beside `path`; rename it to `path` at the end, remove it on an error.
 
-    So `path` never holds half a file, and an older file stays until the new one is complete.
+    So `path` never holds half a file, and an older file stays until the new one is complete. A link
+    stays a link: the file that it names is replaced.
     """
+    path = os.path.realpath(path)
     part = f"{os.fspath(path)}{suffix}"
     try:
         yield part

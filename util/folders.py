@@ -44,5 +44,11 @@ def list_folders(folder: str) -> list[str]:
 
 def holds_splits(folder: str) -> bool:
     """Whether a folder holds features or captions of a split."""
+    return os.path.isdir(folder) and bool(splits_in(folder))
+
+
+def splits_in(folder: str) -> set[str]:
+    """The splits of which a folder holds features or captions."""
     ends = "_ims.npy", "_caps.txt"
-    return os.path.isdir(folder) and any(name.endswith(ends) for name in os.listdir(folder))
+    names = os.listdir(folder)
+    return {name.removesuffix(end) for name in names for end in ends if name.endswith(end)}

@@ -91,7 +91,7 @@ def open_tracker(kind: str | None, name: str, config: dict) -> NoTracker:
     if the tracker's package is not installed or does not start: training ends before its first
     step then.
     """
-    if kind is None:
+    if kind in (None, "none"):
         return NoTracker()
     if kind not in PROJECTS:
         raise InputError(f"--tracker {kind}: expected one of {', '.join(PROJECTS)}")
