@@ -6,6 +6,7 @@ The page holds all that it shows, and loads nothing. Its text is in util/report_
 images, M captions, Q queries of one direction.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from report_stats import (
     TOP,
     WAYS,
     Way,
+    counted,
     curve_band,
     even_ends,
     labels_of,
@@ -74,11 +76,13 @@ def page(ranking: Ranking, images: str | None) -> dict:
     ranks = [ranking.ranks_of(part) for part in ranking.parts]
     labels = labels_of(ranking.sources)
     shown = {
-        "title": ", ".join(labels),
+        "title": title_of(ranking),
         "facts": facts(ranking),
         "models": [model(*pair) for pair in zip(labels, ranking.splits, strict=False)],
         "n": n,
         "m": m,
+        "drawn": len(np.unique(ranking.ranks.unit["t2i" if ranking.candidates else "i2t"])),
+        "uneven_folds": len({(len(x), len(y)) for x, y in ranking.folds()}) > 1,
         "ranking": ranking,
         "ways": WAYS,
         "labels": labels,
@@ -95,9 +99,20 @@ def page(ranking: Ranking, images: str | None) -> dict:
         "photos": any(items.photos),
         "top": TOP,
         "p_value": p_value,
+        "counted": counted,
     }
     items.say_what_is_unreadable()
     return shown
+
+
+def title_of(ranking: Ranking) -> str:
+    """The systems, the split, the data set, and the files with the ends of their folders."""
+    names = list(dict.fromkeys(systems.of(split.opt).title for split in ranking.splits))
+    title = " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:]))) or "Evaluation"
+    if ranking.folder:
+        data = os.path.basename(os.path.abspath(ranking.folder))
+        title += f" on {ranking.split} of {data}" if ranking.split else f" on {data}"
+    return f"{title}: {', '.join(labels_of(ranking.sources, least=3))}"
 
 
 def facts(ranking: Ranking) -> list[tuple[str, str]]:
@@ -106,7 +121,7 @@ def facts(ranking: Ranking) -> list[tuple[str, str]]:
     found = [("Files", "\n".join(ranking.sources))]
     if ranking.folder:
         found.append(("Split", " of ".join(filter(None, (ranking.split, ranking.folder)))))
-    found.append(("Ranked", f"{n:,} images, {m:,} captions"))
+    found.append(("Ranked", f"{counted(n, 'image')}, {counted(m, 'caption')}"))
     if ranking.candidates:
         found.append(("Images per caption", f"{n // m}"))
     else:
@@ -114,7 +129,8 @@ def facts(ranking: Ranking) -> list[tuple[str, str]]:
         least, most = counts.min(), counts.max()
         found.append(("Captions per image", f"{least}" if least == most else f"{least} to {most}"))
     if ranking.fold5:
-        found.append(("Folds", f"{FOLDS} of about {n // FOLDS:,} images, each ranked alone"))
+        each = counted(n // FOLDS, "image")
+        found.append(("Folds", f"{FOLDS} of about {each}, each ranked alone"))
     of = versions()
     found.append(("Date", of.pop("date").replace("T", " ")))
     return [*found, ("Versions", ", ".join(f"{x} {y}" for x, y in of.items() if y))]
@@ -165,7 +181,8 @@ def recall_charts(ranking: Ranking, labels: list[str], ranks: list[Ranks]) -> li
     def line(name: str, of: Ranks, way: str) -> Line:
         rank, unit = getattr(of, way), of.unit[way]
         values = recall_curve(rank, candidates[way])
-        return Line(name, values, curve_band(rank, unit, len(values)))
+        alone = intervals.of_one_image(of)
+        return Line(name, values, None if alone else curve_band(rank, unit, len(values)))
 
     if not ranks:
         groups = {"Both directions": [line(WAYS[way], ranking.ranks, way) for way in WAYS]}
@@ -241,13 +258,13 @@ def bin_charts(ranking: Ranking) -> list[dict]:
 def bin_chart(title: str, rows: list[dict]) -> str:
     groups, about = [], []
     for row in rows:
-        drawn = []
+        drawn, of = [], counted(row["n"], "caption")
         for k in (1, 5, 10):
             value, low, high = row[f"r{k}"]
-            hint = f"R@{k} {value:.1f} [{low:.1f}, {high:.1f}] of {row['n']:,} captions"
+            hint = f"R@{k} {value:.1f} [{low:.1f}, {high:.1f}] of {of}"
             drawn.append(Bar(value, (low, high), hint))
         groups.append((row["label"], f"n = {row['n']:,}", drawn))
-        about.append(f"{row['label']}: R@1 {row['r1'][0]:.1f} of {row['n']:,} captions")
+        about.append(f"{row['label']}: R@1 {row['r1'][0]:.1f} of {of}")
     return bars(groups, title, f"Text to image, recalls by {title}: {'; '.join(about)}")
 
 

@@ -91,9 +91,11 @@ class Items:
 
     def say_what_is_unreadable(self) -> None:
         if self.unreadable:
+            number = len(self.unreadable)
+            verb, which = ("is", "it is") if number == 1 else ("are", "the first is")
             print(
-                f"notice: {len(self.unreadable)} of the photos could not be read and are not in "
-                f"the report; the first is {self.unreadable[0]}"
+                f"notice: {number} of the photos could not be read and {verb} not in the report; "
+                f"{which} {self.unreadable[0]}"
             )
 
 

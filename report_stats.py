@@ -237,15 +237,25 @@ def skewness(counts: np.ndarray) -> float | None:
     return float((away**3).mean() / spread**3) if spread else None
 
 
-def labels_of(paths: Sequence[str]) -> list[str]:
-    """A short name for each file: the end of its path, as long as the names are not distinct."""
+def counted(number: int | str, what: str) -> str:
+    """A number of things: 1 image, 3,000 images. A text is a number that is formatted already."""
+    number = number if isinstance(number, str) else f"{number:,}"
+    return f"{number} {what}" if number == "1" else f"{number} {what}s"
+
+
+def labels_of(paths: Sequence[str], least: int = 1) -> list[str]:
+    """A short name for each file: the shortest ends of the paths that are distinct.
+
+    They have `least` parts or more, as far as the paths have so many.
+    """
     parts = []
     for path in paths:
         *folders, name = os.path.normpath(path).split(os.sep)
         for ending in (".tar", ".pth", ".npy"):
             name = name.removesuffix(ending)
         parts.append([*folders, name])
-    for k in range(1, max(map(len, parts)) + 1):
+    most = max(map(len, parts))
+    for k in range(min(least, most), most + 1):
         names = ["/".join(part[-k:]) for part in parts]
         if len(set(names)) == len(names):
             return names

@@ -6,6 +6,7 @@ import itertools
 import shlex
 import statistics
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +37,9 @@ def read_ranks(path: Path) -> Ranks:
     try:
         with np.load(path, allow_pickle=False) as archive:
             i2t, t2i, *units = (archive[name].astype(int) for name in QUERIES)
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         raise InputError(
-            f"{path}: not a file of ranks ({error}); remove it, and the run is tested again"
+            f"{path}: not a file of ranks, or a damaged one; remove it, and the run is tested again"
         ) from None
     return Ranks(i2t, t2i, None, None, dict(zip(WAYS, units, strict=True)))
 
@@ -111,10 +112,17 @@ def row(system: str, runs: list[dict], ranks: Ranks) -> str:
     for way in WAYS:
         first, *others = (mean(f"{way}_r{k}") for k in (1, 5, 10))
         cells.append(" / ".join([f"{first} {ends(found[way]['r1'])}", *others]))
-    cells += [f"{total} {ends(found['rsum'])}", epochs, f"{runs[0]['parameters'] / 1e6:.1f} M"]
+    cells += [f"{total} {ends(found['rsum'])}", epochs, size(runs[0]["parameters"])]
     cells += [f"{mean('train_minutes')} min", f"{mean('test_seconds', '.0f')} s"]
     cells.append(f"{mean('peak_mib', '.0f')} MiB")
     return f"| {' | '.join(cells)} |"
+
+
+def size(parameters: int) -> str:
+    """A number of parameters: 12.3 M, 34 k below 0.1 M, or 120."""
+    if parameters < 1000:
+        return f"{parameters}"
+    return f"{parameters / 1e6:.1f} M" if parameters >= 1e5 else f"{parameters / 1e3:.0f} k"
 
 
 def ends(interval: list[float]) -> str:
@@ -124,17 +132,19 @@ def ends(interval: list[float]) -> str:
 
 def tests(names: list[str], runs_of: dict[str, dict[int, Ranks]]) -> list[str]:
     """The paired test of each pair of systems, on the seeds that both have."""
-    pairs, found = list(itertools.combinations(names, 2)), []
+    pairs, found, several = list(itertools.combinations(names, 2)), [], False
     for a, b in pairs:
         seeds = [seed for seed in runs_of[a] if seed in runs_of[b]]
         both = [joined([runs_of[name][seed] for seed in seeds]) for name in (a, b)]
         found.append(paired_test(*both))
+        several |= len(seeds) > 1
     if not pairs:
         return []
     p = holm([test[way]["p"] for test in found for way in WAYS])
+    sums = " The numbers of queries that only one finds are sums over the seeds." if several else ""
     lines = [
         f"Paired tests of R@1: the second system minus the first, in points; p values after "
-        f"Holm's correction for these {len(p)} tests.",
+        f"Holm's correction for these {len(p)} tests.{sums}",
         "",
         f"| | {' | '.join(f'{x}, points | p | only first, second' for x in TITLES.values())} |",
         "|---|---|---|---|---|---|---|",
@@ -180,8 +190,10 @@ def write(
     results: list[dict], ranks: list[Ranks], opt: argparse.Namespace, flags: list[str]
 ) -> None:
     """Write table.md and table.csv of the finished runs; see table()."""
-    (Path(opt.out) / "table.md").write_text(table(results, ranks, opt, flags))
-    with open(Path(opt.out) / "table.csv", "w", newline="") as file:
+    page, numbers = (Path(opt.out) / name for name in ("table.md", "table.csv"))
+    with replacing(page) as part:
+        Path(part).write_text(table(results, ranks, opt, flags))
+    with replacing(numbers) as part, open(part, "w", newline="") as file:
         writer = csv.DictWriter(file, list(results[0]))
         writer.writeheader()
         writer.writerows(results)

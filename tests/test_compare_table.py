@@ -10,6 +10,7 @@ from intervals import holm, paired_test, recall_intervals
 from scripts import compare_table
 from scripts.compare_table import RECALLS, SYSTEMS, joined
 from tests.test_intervals import draw
+from util.cli import InputError
 
 NAMES = list(SYSTEMS)
 TITLES = {name: system.compared[0] for name, system in SYSTEMS.items()}
@@ -119,5 +120,57 @@ def test_ranks_in_a_file(tmp_path):
     assert [x.name for x in tmp_path.iterdir()] == ["x.npz"]
     objects = np.array([print, 1], dtype=object)
     np.savez(tmp_path / "y.npz", i2t=objects, t2i=objects, unit_i2t=objects, unit_t2i=objects)
-    with pytest.raises(ValueError, match="y.npz: not a file of ranks"):
-        compare_table.read_ranks(tmp_path / "y.npz")
+    whole = (tmp_path / "x.npz").read_bytes()
+    middle = len(whole) // 8  # within the compressed numbers
+    np.save(tmp_path / "array.npy", one.i2t)
+    bad = {
+        "y.npz": (tmp_path / "y.npz").read_bytes(),
+        "empty.npz": b"",
+        "text.npz": b"no ranks",
+        "half.npz": whole[: len(whole) // 2],
+        "noise.npz": whole[:middle] + b"\xff" * 40 + whole[middle + 40 :],
+        "array.npz": (tmp_path / "array.npy").read_bytes(),
+    }
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=f"{name}: not a file of ranks, or a dam") as error:
+            compare_table.read_ranks(tmp_path / name)
+        assert "pickle" not in str(error.value)
+
+
+@pytest.mark.parametrize("seeds", [[5], [0, 7]])
+def test_counts_over_several_seeds_are_said_to_be_sums(tmp_path, seeds):
+    results, ranks = runs(NAMES[:2], seeds)
+    text = compare_table.table(results, ranks, options(tmp_path, NAMES[:2], seeds), [])
+    assert ("sums over the seeds" in text) == (len(seeds) > 1)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        (7, "7"),
+        (1000, "1 k"),
+        (34_210, "34 k"),
+        (99_400, "99 k"),
+        (1e5, "0.1 M"),
+        (2.35e7, "23.5 M"),
+    ],
+)
+def test_small_models_show_thousands_of_parameters(parameters, said):
+    assert compare_table.size(parameters) == said
+
+
+def test_an_older_table_stays_if_the_new_one_cannot_be_written(tmp_path, monkeypatch):
+    results, ranks = runs(NAMES[:2], [0])
+    opt = options(tmp_path, NAMES[:2], [0])
+    compare_table.write(results, ranks, opt, [])
+    before = {path: path.read_text() for path in tmp_path.iterdir()}
+    assert sorted(path.name for path in before) == ["table.csv", "table.md"]
+    monkeypatch.setattr(compare_table.csv.DictWriter, "writerows", lambda *_: 1 / 0)
+    monkeypatch.setattr(compare_table, "table", lambda *_: "\ud800")  # cannot be encoded
+    with pytest.raises(UnicodeEncodeError):
+        compare_table.write(results, ranks, opt, [])
+    monkeypatch.setattr(compare_table, "table", lambda *_: before[tmp_path / "table.md"])
+    with pytest.raises(ZeroDivisionError):
+        compare_table.write(results, ranks, opt, [])
+    assert {path: path.read_text() for path in tmp_path.iterdir()} == before

@@ -55,6 +55,21 @@ def test_missing_photos_are_said_once(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("there", "total", "said"),
+    [
+        (["a", "b"], 3, "1 of the 3 photos is not there; it is 'c'"),
+        (["b"], 4, "3 of the 4 photos are not there; the first is 'a'"),
+        ([], 2, "none of the 2 photos is there; the first is 'a'"),
+        (["x"], 1, "the photo of the only image is not there; it is 'a'"),
+    ],
+)
+def test_a_notice_counts_the_missing_photos(tmp_path, capsys, there, total, said):
+    touch(tmp_path, *(f"{name}.png" for name in there))
+    find_photos(tmp_path, None, "test", list("abcd")[:total], total)
+    assert capsys.readouterr().out == f"notice: {tmp_path}: {said}\n"
+
+
+@pytest.mark.parametrize(
     ("files", "all_there"),
     [
         (["0.jpg", "1.jpg", "2.jpg"], True),

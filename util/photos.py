@@ -43,13 +43,23 @@ def find_photos(
     missing = [image for image, path in enumerate(found) if path is None]
     if not missing:
         return found
-    what = f"{len(missing):,} of the {n_images:,} photos are not there"
-    first = f"the first is {shown(names[missing[0]])}"
+    what = how_many_miss(len(missing), n_images)
+    first = "it is" if len(missing) == 1 else "the first is"
+    first += f" {shown(names[missing[0]])}"
     if ids is None:
-        what += f" under their numbers, 0 to {n_images - 1}, so none is shown"
+        what += f"; the names must be the numbers 0 to {n_images - 1:,}, so none is shown"
         first += f"; {split}_ids.txt beside the features can name the photos (docs/data.md)"
     print(f"notice: {folder}: {what}; {first}")
     return nothing if ids is None else found
+
+
+def how_many_miss(missing: int, total: int) -> str:
+    """In words, that `missing` of `total` photos are not there."""
+    if total == 1:
+        return "the photo of the only image is not there"
+    if missing == total:
+        return f"none of the {total:,} photos is there"
+    return f"{missing:,} of the {total:,} photos {'is' if missing == 1 else 'are'} not there"
 
 
 def list_photos(folder: str) -> tuple[dict[str, str], dict[int | str, str | None]]:
