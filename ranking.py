@@ -136,11 +136,12 @@ def rank_and_print(
         print(f"rsum: {metrics['rsum']:.1f} ar: {metrics['ar']:.1f} ari: {metrics['ari']:.1f}")
         results.append(metrics)
     n = len(scores) // FOLDS
-    print(f"Five folds of {n:,} images each")
-    if n != PUBLISHED_FOLD:
+    size = f"{n:,}" if len(scores) == n * FOLDS else f"{n:,} or {n + 1:,}"
+    print(f"Five folds of {size} images each")
+    if len(scores) != PUBLISHED_FOLD * FOLDS:
         print(
             f"notice: this is not the published protocol (COCO 1K), whose folds are "
-            f"{PUBLISHED_FOLD:,} images of testall: recalls among {n:,} images do not compare"
+            f"{PUBLISHED_FOLD:,} images of testall: recalls among {size} images do not compare"
         )
     print("-----------------------------------")
     print("Mean metrics: ")

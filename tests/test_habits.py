@@ -217,7 +217,7 @@ def test_a_second_run_into_a_folder_of_any_name_loses_nothing(tiny, name):
     assert len((Path(name) / "log.jsonl").read_text().splitlines()) == 1
 
 
-@pytest.mark.parametrize(("images", "fold"), [(15, "3"), (50, "10"), (5, "1")])
+@pytest.mark.parametrize(("images", "fold"), [(15, "3"), (50, "10"), (5, "1"), (13, "2 or 3")])
 def test_five_folds_say_their_size(trained, capsys, images, fold):
     write_split(FOLDER, "test", images)
     evaluation.evalrank("run/model_best.pth.tar", split="test", fold5=True, save_path="s.npy")

@@ -144,7 +144,7 @@ def test_parts_are_ranked_as_the_whole(tmp_path):
 def test_the_size_of_folds_is_said(capsys):
     made("five", False, True)
     said = capsys.readouterr().out
-    assert "Five folds of 2 images each" in said
+    assert "Five folds of 2 or 3 images each" in said
     assert f"{ranking.PUBLISHED_FOLD:,} images of testall" in said
 
 
