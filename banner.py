@@ -20,6 +20,7 @@ import systems
 from bert import WordPieces
 from data import PrecompDataset
 from run_log import RunLog
+from run_state import RunState
 from util import distributed
 from util.fingerprint import fingerprint
 from util.git import commit_of
@@ -49,7 +50,7 @@ def banner(
         "fingerprint": captions_mark(train_set),
         "vocabulary": vocabulary(opt, vocab, train_set),
         "parameters": parameters(opt, model, criterion),
-        "device": f"{device_name(device)}; loading: {count(workers, 'more process')}",
+        "device": f"{device_name(device)}; {loaders(workers)}",
         "seed": f"{opt.seed}",
         "versions": versions(),
         "code": code(),
@@ -127,6 +128,11 @@ def device_name(device: torch.device) -> str:
         threads = torch.get_num_threads()
         name = f"{device}, {processor()}, {count(threads, 'thread')}"
     return f"{n} processes, the first on {name}" if n > 1 else name
+
+
+def loaders(workers: int) -> str:
+    """Where batches are loaded."""
+    return f"loading: {count(workers, 'more process')}" if workers else "loading in this process"
 
 
 def processor() -> str:
@@ -215,6 +221,9 @@ def summary(opt: argparse.Namespace, folder: str, log: RunLog) -> str:
     if rsum >= 0:
         epoch = "" if log.best_epoch is None else f" after epoch {log.best_epoch}"
         said = f"saved in {path}" if there else f"but there is no {path}"
+        if os.path.realpath(where) != os.path.realpath(opt.model_name):
+            found = path if there else f"but there is no {path}"
+            said = f"of the run before ({found}); this one has found nothing better"
         lines.append(f"best: rsum {rsum:.1f}{epoch}, {said}")
     lines.append(
         f"to evaluate it: {evaluation_command(opt, folder, path if there else opt.resume)}"
@@ -224,13 +233,13 @@ def summary(opt: argparse.Namespace, folder: str, log: RunLog) -> str:
 
 def estimate(
     opt: argparse.Namespace,
-    left: int,
+    state: RunState,
     steps: int,
     seconds: dict[str, float],
     memory: int | None,
     device: torch.device,
 ) -> str:
-    """What a dry run says of the `left` epochs of `steps` steps.
+    """What a dry run says of a run that stands at `state`, with epochs of `steps` steps.
 
     `seconds` are those of a 'step', of a 'validation' and of 'reading' all data; `memory` is in
     MiB.
@@ -238,16 +247,38 @@ def estimate(
     validations = 1 + ((steps - 1) // opt.val_step if opt.val_step else 0)
     epoch = steps * seconds["step"] + validations * seconds["validation"]
     each = count(validations, "validation")
+    what, steps_left, validations = what_is_left(opt, state, steps)
+    run = steps_left * seconds["step"] + validations * seconds["validation"]
+    work = f"{count(steps_left, 'step')}, {count(validations, 'validation')}"
     facts = {
         "step": f"{duration(seconds['step'])} for {opt.batch_size} pairs",
         "validation": duration(seconds["validation"]),
         "epoch": f"about {duration(epoch)}: {count(steps, 'step')}, {each}",
-        "run": f"about {duration(left * epoch)}: {count(left, 'epoch')}",
+        "run": f"about {duration(run)}: {what}, {work}" if validations else what,
         "memory": memory_line(memory, device),
         "reading": f"{duration(seconds['reading'])} for all images and captions of train and dev",
     }
     lines = [f"  {name:<12}{fact}" for name, fact in facts.items()]
     return "\n".join(["dry run: all data was read, nothing was written", *lines])
+
+
+def what_is_left(opt: argparse.Namespace, state: RunState, steps: int) -> tuple[str, int, int]:
+    """What a run still has to do: its epochs in words, and the numbers of steps and validations."""
+    after = opt.num_epochs - state.epoch - 1  # epochs behind the one under way
+    if after < 0:
+        done = f"{count(state.epoch, 'epoch')} {'is' if state.epoch == 1 else 'are'} done"
+        return f"nothing is left: {done}, --num_epochs is {opt.num_epochs}", 0, 0
+    now, rest = state.Eiters, steps - state.batch
+    ends = range(now + rest, now + rest + after * steps + 1, steps)  # of the epochs, in steps
+    validations = len(ends) + state.val_due
+    if opt.val_step:  # those inside the epochs
+        validations += ends[-1] // opt.val_step - now // opt.val_step
+        validations -= sum(end > now and end % opt.val_step == 0 for end in ends)
+    what = count(after + 1, "epoch")
+    if state.batch:
+        what = f"the {'rest' if rest else 'validation'} of epoch {state.epoch}"
+        what += f" and {count(after, 'epoch')} after it" if after else ""
+    return what, rest + after * steps, validations
 
 
 def memory_line(mib: int | None, device: torch.device) -> str:

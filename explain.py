@@ -241,7 +241,8 @@ def unknown_words(ids: Tensor, tokens: list[str], vocab: Vocabulary) -> list[str
     missing = [token for token in dict.fromkeys(missing) if token != vocab.unknown]
     if not missing:
         return []
-    return [f"Not in the vocabulary, so read as {vocab.unknown}: {', '.join(missing)}."]
+    said = ", ".join(f'"{token}"' for token in missing)
+    return [f"Not in the vocabulary, so read as {vocab.unknown}: {said}."]
 
 
 # Its regions

@@ -282,9 +282,9 @@ class GSMN(Encoders):
         note = "Over these edges a node takes up the vectors of its neighbours."
         if not self.config.neighbours:
             note = (
-                "The edges are drawn as the paper defines them, but no node sees another one over "
-                "them: as in the published code, it has its own vector only (Q18 in "
-                "docs/quirks.md); --neighbours trains a model that follows the paper."
+                "The edges are drawn as the paper defines them, but no vector passes along them: "
+                "as in the published code, each word and each region takes up its own vector only "
+                "(Q18 in docs/quirks.md); --neighbours trains a model that follows the paper."
             )
         return {
             "text_edges": textual_edges(captions["words"], captions["lengths"], *graph),

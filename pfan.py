@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from attention import cosine
+from attention import aggregate, cosine
 from model import SCAN, EncoderImage, without_dropped
 from pairs import Encoding
 from pfan_data import PositionDataset, WholeDataset
@@ -30,6 +30,7 @@ from system import ServedImage, System, encoder_options, image_architecture, sco
 from util import positions
 from util.arguments import COUNT, NOT_NEGATIVE
 from util.cli import InputError, choose
+from util.kept import keeping
 from vocab import existing_file
 
 
@@ -106,6 +107,28 @@ class PFAN(SCAN):
         """batch['images'] (I, R, F), 'blocks', 'overlap' (I, R, K) -> {'regions': (I, R, D)}."""
         regions = self.img_enc(batch["images"], batch["blocks"], batch["overlap"])
         return without_dropped(regions, batch)
+
+    def beside_score(self, batch: dict, images: Encoding, captions: Encoding) -> dict:
+        """For explain.py: the part of one pair's score that no word has."""
+        return {"notes": bonus_notes(self, images, captions)}
+
+
+def bonus_notes(model: SCAN, images: Encoding, captions: Encoding) -> list[str]:
+    """What the bonus term adds to the score of one pair, in a sentence; nothing without one."""
+    config = model.config
+    if not config.bonus:
+        return []
+    with keeping() as kept:
+        model.similarity(images, captions)
+    by_words = config.cross_attn == "t2i"
+    weights = kept[config.cross_attn].reshape(captions["words"].size(1), -1)  # (W, R)
+    adds = config.bonus * aggregate(weights.max(1 if by_words else 0).values, 0, config).item()
+    whose, one = ("words'", "word") if by_words else ("regions'", "region")
+    how = config.agg_func if config.agg_func == "LogSumExp" else config.agg_func.lower()
+    return [
+        f"Half of the {how} of the {whose} largest weights adds {adds:.4f} to the score; no {one} "
+        "shows it as its own."
+    ]
 
 
 class WholeEncoder(PositionEncoder):
@@ -230,7 +253,7 @@ class PFANWhole(SCAN):
                 "The last region is the whole image: no word looks at it. With the sentence it "
                 f"adds {last:.4f} to the score."
             )
-        return {"notes": notes}
+        return {"notes": notes + bonus_notes(self, images, captions)}
 
 
 class PFANSystem(System):

@@ -5,6 +5,7 @@ docs/training.md explains each line. Shapes: N images, M captions.
 
 import argparse
 import contextlib
+import importlib
 import itertools
 import math
 import os
@@ -60,7 +61,6 @@ class RunLog:
         self.start, self.first_step = time.monotonic(), state.Eiters
         self.validation: float | None = None  # seconds
         self.steps: StepLog | None = None  # of the epoch under way
-        self.behind = False  # whether dev's recalls are low, at the last validation
         self.saved_here = False  # whether this process has saved the best so far
         log = read_json_lines(os.path.join(opt.logger_name, "log.jsonl"))  # of a resumed run
         self.best_epoch = next((x["epoch"] for x in log if x["rsum"] == state.best_rsum), None)
@@ -112,17 +112,33 @@ class RunLog:
             say(f"  {self._beside_the_best(metrics['rsum'], at_end)}")
         if self.image_of is None:
             return
-        self.behind = worse_than(0.25, metrics, len(scores))
         shift = find_shift(scores, self.image_of.numpy())
         if shift:
             self.warn("shift", out_of_step(self.dev_set, shift))
-        elif at_end and self.is_old_enough(state.epoch) and at_chance(metrics, *scores.shape):
+        elif at_end and "shift" not in self.said and self.is_old_enough(state.epoch):
+            self._look_whether_it_learns(metrics, *scores.shape)
+
+    def _look_whether_it_learns(self, metrics: dict, n: int, m: int) -> None:
+        """Warn, at the end of an epoch, of its loss or else of recalls at chance: in one line."""
+        epoch, losses = self.state.epoch, self.steps.losses
+        whole = len(losses) == self.batches and only_hardest(self.criterion, epoch)
+        behind = worse_than(0.25, metrics, n)
+        if whole and behind and at_twice_the_margin(self.criterion, losses):
+            margin, warmup = self.criterion.margin, self.criterion.warmup_epochs
+            self.warn(
+                "plateau",
+                f"the loss sat at twice the margin, {2 * margin:g} a pair, for epoch {epoch}, and "
+                "images are hardly told apart: probably all scores are alike; start again with "
+                f"--vse_mean_warmup_epochs {warmup + 1}, or a lower --learning_rate; if that does "
+                "not help, see whether the captions of train stand beside their images",
+            )
+        elif "plateau" not in self.said and at_chance(metrics, n, m):
             self.warn(
                 "chance",
-                f"R@1 on dev is at chance after {state.Eiters:,} steps ({metrics['i2t']['r1']:.1f} "
-                f"and {metrics['t2i']['r1']:.1f} %, chance {100 / len(scores):.2g} %): see whether "
-                "the captions of train stand beside their images, then try another --learning_rate "
-                "or --vse_mean_warmup_epochs 1",
+                f"R@1 on dev is at chance after {self.state.Eiters:,} steps "
+                f"({metrics['i2t']['r1']:.1f} and {metrics['t2i']['r1']:.1f} %, chance "
+                f"{100 / n:.2g} %): see whether the captions of train stand beside their images, "
+                "then try another --learning_rate or --vse_mean_warmup_epochs 1",
             )
 
     def _beside_the_best(self, rsum: float, at_end: bool) -> str:
@@ -138,26 +154,10 @@ class RunLog:
 
     def epoch_is_saved(self, is_best: bool) -> None:
         """Call this when the checkpoint of an epoch is written and the next epoch is due."""
-        opt, epoch = self.opt, self.state.epoch - 1
         if is_best:
-            self.best_epoch, self.saved_here = epoch, True
-            if not opt.quiet:
-                say(f"new best: saved {os.path.join(opt.model_name, 'model_best.pth.tar')}")
-        losses = self.steps.losses
-        whole = len(losses) == self.batches and only_hardest(self.criterion, epoch)
-        if (
-            whole
-            and self.behind
-            and self.is_old_enough(epoch)
-            and at_twice_the_margin(self.criterion, losses)
-        ):
-            margin, warmup = self.criterion.margin, self.criterion.warmup_epochs
-            self.warn(
-                "plateau",
-                f"the loss sat at twice the margin, {2 * margin:g} a pair, for epoch {epoch}, and "
-                "images are hardly told apart (all scores are alike); start again with "
-                f"--vse_mean_warmup_epochs {warmup + 1}, or a lower --learning_rate",
-            )
+            self.best_epoch, self.saved_here = self.state.epoch - 1, True
+            if not self.opt.quiet:
+                say(f"new best: saved {os.path.join(self.opt.model_name, 'model_best.pth.tar')}")
 
     def is_old_enough(self, epoch: int) -> bool:
         """Whether the model should have learned something at the end of an epoch."""
@@ -257,8 +257,9 @@ class Shift(NamedTuple):
 
     by: int
     unit: str  # captions or images
-    found: float  # percent of the captions that find their image so
-    as_paired: float  # percent that find it as they are paired
+    captions: int  # those whose image it changes
+    found: float  # percent of these that find the shifted image first
+    as_paired: float  # percent of these that find their own image first
 
 
 def find_shift(scores: np.ndarray, image_of: np.ndarray) -> Shift | None:
@@ -286,8 +287,9 @@ def find_shift(scores: np.ndarray, image_of: np.ndarray) -> Shift | None:
         gain, spread = by_image.sum(), math.sqrt((by_image**2).sum())
         enough = there.sum() * max(0.05, 5 / n) + 2 * own.sum()
         certain = gain > 0 and gain >= 3 * spread and shifted.sum() >= enough
-        percents = (100 * (first == x).mean() for x in (other, image_of))
-        found[unit].append((gain, certain, Shift(by, unit, *percents)))
+        changed = int(there.sum())
+        percents = (100 * x.sum() / max(changed, 1) for x in (shifted, own))
+        found[unit].append((gain, certain, Shift(by, unit, changed, *percents)))
     images, captions = (max(x, key=lambda x: x[0]) for x in found.values())
     # Five captions may be one image, and then four or six are nearly that.
     near = images[0] + 2 * math.sqrt(max(captions[0], 0)) >= captions[0]
@@ -305,9 +307,10 @@ def out_of_step(dev_set: PrecompDataset, shift: Shift) -> str:
         fits = f"each caption fits the image of the line {abs(by)} {where} it"
     return (
         f"{dev_set.caption_path} and {dev_set.path} are out of step by {abs(by)} "
-        f"{unit if abs(by) > 1 else unit[:-1]}: {fits} (R@1 {shift.found:.1f} %, as paired "
-        f"{shift.as_paired:.1f} %); look for an extra or a missing line in the one or row in the "
-        "other, in train too"
+        f"{unit if abs(by) > 1 else unit[:-1]}: {fits} (of the {shift.captions:,} captions whose "
+        f"image this changes, {shift.found:.1f} % find the new one first, {shift.as_paired:.1f} % "
+        "their own); look for an extra or a missing line in the one or row in the other, in train "
+        "too"
     )
 
 
@@ -344,6 +347,18 @@ def check_pictures(
 
 
 # A dry run
+
+
+def check_tracker(kind: str | None) -> None:
+    """Raise InputError if the package of a tracker is not there; no run of it is started."""
+    if kind in (None, "none"):
+        return
+    try:
+        there = hasattr(importlib.import_module(kind), "init")  # as util/tracker.py asks
+    except ImportError:
+        there = False
+    if not there:
+        raise InputError(f"--tracker {kind} needs its package: pip install {kind}")
 
 
 @torch.inference_mode()

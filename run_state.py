@@ -33,6 +33,15 @@ class RunState:
     best_rsum: float = -1.0
 
 
+def in_words(state: RunState) -> str:
+    """How far a run is, and its best score; for a printed line."""
+    done = f"{state.epoch} epoch{'' if state.epoch == 1 else 's'}"
+    if state.batch:
+        done += f" and {state.batch} step{'' if state.batch == 1 else 's'}"
+    best = f"{state.best_rsum:.1f}" if state.best_rsum >= 0 else "none yet"
+    return f"{done} done, best rsum {best}"
+
+
 def read_options(argv: list[str] | None) -> tuple[argparse.Namespace, dict | None]:
     """The options of a run, and the checkpoint that it goes on from, if any.
 

@@ -11,6 +11,7 @@ import systems
 from bert import WordPieces, read_config
 from data import PrecompDataset
 from util.cli import InputError
+from util.fingerprint import other_captions
 from util.word_vectors import read_vectors
 from vocab import Vocabulary, check_captions, deserialize_vocab
 
@@ -51,11 +52,20 @@ def read_vocab(opt: argparse.Namespace, resumed: dict | None) -> Vocabulary | Wo
 
 
 def check_words(opt: argparse.Namespace, vocab: Vocabulary, train_set: PrecompDataset) -> None:
-    """Warn of a vocabulary of other captions, or refuse it if most of their words are unknown."""
+    """Warn of a vocabulary of other captions, or refuse it if most of their words are unknown.
+
+    Of one that has all words of train there is a notice only.
+    """
     folder, resumed = os.path.dirname(train_set.path), bool(opt.resume)
     kind = "sent_caps" if train_set.caption_path.endswith("_sent_caps.txt") else "caps"
     counts = train_set.n_unknown, train_set.n_words
     source = opt.resume or ckpt.vocab_file(opt.vocab_path, opt)
+    if not train_set.n_unknown and not vocab.pieces:
+        other = other_captions(vocab.captions, folder, kind)
+        # That of the captions of another name in the same folder is no other one.
+        if other and not resumed and other_captions(vocab.captions, folder):
+            print(f"notice: {source}: {other}; it has all words of train")
+        return
     check_captions(vocab, folder, *counts, source, opt.allow_unknown, kind, checkpoint=resumed)
 
 

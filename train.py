@@ -133,7 +133,10 @@ def dry_run(run: Run) -> None:
     """Take two steps, validate, read all data, and say what a run needs. Nothing is written."""
     opt, state, stop, ends = run.opt, run.state, StopSignal(), [time.time()]
     start_epoch(run)
-    steps = len(run.loader)
+    steps, before = state.batch + len(run.loader), dataclasses.replace(state)
+    if state.batch:  # of the epoch under way perhaps no batch is left
+        state.epoch, state.batch = state.epoch + 1, 0
+        start_epoch(run)
     try:
         for batch in itertools.islice(batches_of(run, stop), 2):
             train_step(run, batch, size_of_batch(run))
@@ -159,7 +162,7 @@ def dry_run(run: Run) -> None:
         "validation": validation,
         "reading": time.time() - start,
     }
-    say(banner.estimate(opt, opt.num_epochs - state.epoch, steps, seconds, memory, run.device))
+    say(banner.estimate(opt, before, steps, seconds, memory, run.device))
 
 
 def batches_of(run: Run, stop: StopSignal) -> Iterator[dict[str, torch.Tensor]]:
@@ -327,6 +330,8 @@ def save(run: Run, name: str, is_best: bool = False) -> None:
 def set_up(opt: argparse.Namespace, device: torch.device, resumed: dict | None = None) -> Run:
     """All that a run works with, from its options: fresh, or as a checkpoint left it."""
     torch.manual_seed(opt.seed)
+    if opt.dry_run:
+        run_log.check_tracker(opt.tracker)
     system = systems.of(opt)
     folder = system.find_data(opt.data_path, opt.data_name)
     if not opt.quiet:
@@ -362,8 +367,8 @@ def set_up(opt: argparse.Namespace, device: torch.device, resumed: dict | None =
             run_state.restore(
                 resumed, run.state, optimizer, criterion, opt, n_captions=len(train_set)
             )
-        done, best = run.state.epoch, run.state.best_rsum
-        print(f"=> loaded {opt.resume}: epoch {done}, best rsum {best:.1f}")
+        what = "its weights" if fresh else run_state.in_words(run.state)
+        print(f"=> loaded {opt.resume}: {what}")
     elif opt.wemb_type or opt.wemb_path:
         start_from_vectors(model, vocab, opt)
     elif opt.text_enc_type == "bert":

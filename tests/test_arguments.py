@@ -186,6 +186,14 @@ def test_stray_words(parser, words, said, capsys):
     assert refused(parser.parse_args, *words, capsys=capsys) == said
 
 
+@pytest.mark.parametrize("word", ["--quiet=1", "--no-quiet=0", "--bi_gru=", "--dry_run=yes"])
+def test_train_names_a_value_of_a_switch(word, capsys):
+    flag, _, value = word.partition("=")
+    for read in (train.main, options.given, options.parse):
+        said = refused(read, "--seed", "1", word, capsys=capsys)
+        assert said == f"{flag} takes no value, found {value or repr('')}"
+
+
 def test_stray_words_without_positional_arguments(capsys):
     said = refused(options.parse, "data", "--seed", "1", capsys=capsys)
     rest = "belongs to no flag: a value stands behind its flag, a path with blanks in quotes"

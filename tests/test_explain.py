@@ -60,7 +60,16 @@ def scan_score(e, model, image, caption):
     torch.testing.assert_close(kept.double(), x, atol=1e-5, rtol=1e-4)
     score = aggregate(x, config.agg_func, config.lambda_lse)
     largest = weights.max(1).values
-    return score + config.bonus * aggregate(largest, config.agg_func, config.lambda_lse)
+    bonus = config.bonus * aggregate(largest, config.agg_func, config.lambda_lse)
+    how = config.agg_func if config.agg_func == "LogSumExp" else config.agg_func.lower()
+    whose = "words'" if config.cross_attn == "t2i" else "regions'"
+    said = [note for note in e.notes if "largest weights" in note]
+    assert len(said) == bool(config.bonus)
+    for note in said:
+        assert note.startswith(f"Half of the {how} of the {whose} largest weights adds ")
+        number = float(note.split(" adds ")[1].split()[0])
+        assert number == pytest.approx(bonus.item(), abs=2e-4)
+    return score + bonus
 
 
 def whole_score(e, model, image, caption):
@@ -234,6 +243,7 @@ def test_gsmn_shows_its_edges_and_says_whether_they_are_read(there):
                 torch.testing.assert_close(e.text_edges.sum(1), torch.ones(n))
             assert e.visual_edges.shape == (6, 6) and e.scored == ("t2i", "i2t")
             torch.testing.assert_close(e.visual_edges.sum(1), torch.ones(6))
+            assert ("no vector passes along them" in " ".join(e.notes)) != neighbours
             assert ("Q18" in " ".join(e.notes)) != neighbours
 
 
@@ -244,7 +254,7 @@ def test_tokens_caption_and_unknown_words(there):
     assert e.caption == line and e.tokens == ["<start>", *words.words(line), "<end>"]
     e = explain.explain_pair(model, dataset, None, words, 2, "A zebra and a red unicorn, a zebra")
     assert e.tokens[1:-1] == "a zebra and a red unicorn , a zebra".split()
-    said = "Not in the vocabulary, so read as <unk>: zebra, and, unicorn, ,."
+    said = 'Not in the vocabulary, so read as <unk>: "zebra", "and", "unicorn", ",".'
     assert [note for note in e.notes if note.startswith("Not in")] == [said]
 
 

@@ -63,7 +63,9 @@ def test_banner_names_what_a_run_works_with(tiny, capsys):
     model = torch.load("run/checkpoint_0.pth.tar", weights_only=False)["model"]
     sizes = [sum(x.numel() for x in part.values()) for part in model]
     assert found["parameters"] == f"{sum(sizes):,}: img_enc {sizes[0]:,}, txt_enc {sizes[1]:,}"
-    assert found["device"].startswith("cpu, ") and found["seed"] == "0"
+    assert found["device"].startswith("cpu, ")
+    assert found["device"].endswith("; loading in this process")
+    assert banner.loaders(2) == "loading: 2 more processes" and found["seed"] == "0"
     assert torch.__version__ in found["versions"]
     assert found["writes"].startswith("run: checkpoints; my logs: ")
     assert "Namespace" not in "\n".join(lines)
@@ -215,8 +217,47 @@ def test_the_best_of_another_folder_is_named(tiny, capsys):
     torch.save(state, "run/checkpoint_1.pth.tar")
     more = {"resume": "run/checkpoint_1.pth.tar", "model_name": "more", "logger_name": "more"}
     lines = output(capsys, num_epochs=3, **more)
-    assert "best: rsum 599.0, saved in run/model_best.pth.tar" in lines
+    rest = "this one has found nothing better"
+    assert f"best: rsum 599.0, of the run before (run/model_best.pth.tar); {rest}" in lines
     assert " run/model_best.pth.tar " in lines[-1]
+    os.remove("run/model_best.pth.tar")
+    lines = output(capsys, num_epochs=3, **more)
+    assert f"(but there is no run/model_best.pth.tar); {rest}" in "\n".join(lines)
+    assert " run/checkpoint_1.pth.tar " in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "1 epoch done, best rsum 77.0"),
+        ({"epoch": 3, "batch": 1}, "3 epochs and 1 step done, best rsum 77.0"),
+        (
+            {"epoch": 0, "batch": 4, "best_rsum": -1.0},
+            "0 epochs and 4 steps done, best rsum none yet",
+        ),
+        (None, "its weights"),
+    ],
+)
+def test_what_a_resumed_run_has_loaded(tiny, capsys, changes, said):
+    train.main(train_args(num_epochs=1))
+    state = torch.load("run/checkpoint_0.pth.tar", weights_only=False)
+    state["run"] |= {"best_rsum": 77.0} | (changes or {})
+    torch.save(state, "at.pth.tar")
+    flags = {"reset_start_epoch": True} if changes is None else {}
+    lines = output(capsys, resume="at.pth.tar", dry_run=True, **flags)
+    assert f"=> loaded at.pth.tar: {said}" in lines
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_vocabulary_that_has_all_words_is_no_reason_to_warn(tiny, capsys, missing):
+    path = Path("data/tiny_precomp/train_caps.txt")
+    lines = path.read_text().splitlines(True)
+    path.write_text("".join([*lines[1:], "A zebra .\n" if missing else "A dog .\n"]))
+    found = [x for x in output(capsys, dry_run=True) if "built from other captions" in x]
+    (line,) = found
+    assert line.startswith("warning: " if missing else "notice: vocab/tiny_precomp_vocab.json: it ")
+    assert ("vocab.py" in line) == missing == (" 1 of the " in line)
+    assert line.endswith("; it has all words of train") != missing
 
 
 def test_only_the_first_process_prints(tiny):

@@ -50,7 +50,8 @@ def test_a_collapsed_loss_is_said_once(larger, capsys, monkeypatch, margin, quie
     found = warnings(capsys, num_epochs=1, **flags)
     assert not any(PLATEAU in line for line in found)
     found = warnings(capsys, num_epochs=4, batch_size=3, **flags)
-    (line,) = [line for line in found if PLATEAU in line]
+    (line,) = found  # recalls are at chance, too
+    assert PLATEAU in line and "captions of train" in line
     assert f"{2 * margin:g} a pair, for epoch 2" in line  # epoch 1 has too few steps
     assert "--vse_mean_warmup_epochs 2" in line and "--learning_rate" in line
 
@@ -141,7 +142,10 @@ def test_a_shift_is_found(n, k, unit, by, recall):
     scores[true[known], np.flatnonzero(known)] += 10
     found = run_log.find_shift(scores, image_of)
     assert (found.by, found.unit) == (by, unit)
-    assert found.found > found.as_paired
+    changed = np.count_nonzero(true != image_of)
+    assert abs(found.captions - changed) <= 50  # all but those at the ends
+    assert found.found == pytest.approx(100 * known[true != image_of].mean(), abs=10)
+    assert found.found > 2 * found.as_paired
     counts = np.bincount(rng.integers(0, n, n * k), minlength=n)  # uneven captions per image
     uneven = np.repeat(np.arange(n), counts.clip(1))
     assert run_log.find_shift(np.eye(n)[:, uneven], uneven) is None
@@ -178,7 +182,20 @@ def test_captions_out_of_step_are_named(larger, capsys, split, lines):
     (line,) = [line for line in found if SHIFT in line]
     what = {1: "the line 1 before it", 10: "image n - 2", -5: "image n + 1"}[lines]
     assert what in line and "dev_caps.txt" in line and "dev_ims.npy" in line
+    changed = {1: 79, 10: 390, -5: 395}[lines]
+    assert f"of the {changed} captions whose image this changes, " in line
     assert not any(CHANCE in line for line in found[1:])
+
+
+def test_a_shift_of_dev_is_no_plateau(larger, capsys, monkeypatch):
+    """Dev's recalls say nothing then."""
+    monkeypatch.setattr(run_log, "at_twice_the_margin", lambda *_: True)
+    path = Path("data/tiny_precomp/dev_caps.txt")
+    text = path.read_text().splitlines(True)
+    path.write_text("".join(text[-100:] + text[:-100]))
+    monkeypatch.setattr(run_log, "SHIFTS", 20)
+    (line,) = warnings(capsys, num_epochs=12, seed=3)
+    assert SHIFT in line and "image n - 20" in line
 
 
 # A dry run
@@ -230,7 +247,42 @@ def test_a_dry_run_goes_on_from_a_checkpoint(tiny, capsys):
     train.main(train_args(num_epochs=2))
     before = everything(tiny)
     train.main(train_args(num_epochs=5, dry_run=True, resume="run/checkpoint_1.pth.tar"))
-    assert ": 3 epochs" in capsys.readouterr().out and everything(tiny) == before
+    assert ": 3 epochs, 21 steps, 3 validations" in capsys.readouterr().out
+    train.main(train_args(num_epochs=2, dry_run=True, resume="run/checkpoint_1.pth.tar"))
+    said = "nothing is left: 2 epochs are done, --num_epochs is 2\n"
+    assert said in capsys.readouterr().out and everything(tiny) == before
+
+
+@pytest.mark.parametrize(
+    ("epochs", "batch", "flags", "left"),
+    [
+        (4, 7, {}, "the validation of epoch 1 and 2 epochs after it, 14 steps, 3 validations"),
+        (4, 7, {"val_step": 7}, ", 14 steps, 3 validations"),
+        (2, 7, {"val_step": 2}, "the validation of epoch 1, 0 steps, 1 validation"),
+        (4, 3, {}, "the rest of epoch 1 and 2 epochs after it, 18 steps, 3 validations"),
+        (4, 3, {"val_step": 4}, ", 18 steps, 7 validations"),
+        (4, 5, {"val_step": 4, "val_due": True}, ", 16 steps, 7 validations"),
+        (2, 6, {}, "the rest of epoch 1, 1 step, 1 validation"),
+        (3, 0, {"val_step": 3}, ": 2 epochs, 14 steps, 6 validations"),
+    ],
+)
+def test_a_dry_run_counts_what_is_left(tiny, capsys, monkeypatch, epochs, batch, flags, left):
+    """Of a run that was interrupted inside an epoch, or in the validation at its end."""
+    train.main(train_args(num_epochs=1))
+    state = torch.load("run/checkpoint_0.pth.tar", weights_only=False)
+    state["run"] |= {"batch": batch, "Eiters": 7 + batch, "val_due": flags.pop("val_due", False)}
+    torch.save(state, "run/interrupted.pth.tar")
+    flags |= {"num_epochs": epochs, "resume": "run/interrupted.pth.tar", "quiet": True}
+    capsys.readouterr()
+    train.main(train_args(dry_run=True, **flags))
+    said = capsys.readouterr().out
+    each = {0: 1, 2: 4, 3: 3, 4: 2, 7: 1}[flags.get("val_step", 0)]
+    assert f"7 steps, {each} validation" in said and left + "\n" in said
+    seen, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda *a, **k: (seen.append(1), step(*a, **k)))
+    train.main(train_args(**flags))
+    validations = capsys.readouterr().out.count("rsum: ")
+    assert f", {len(seen)} step" in left and f", {validations} validation" in left
 
 
 # TensorBoard, pictures and trackers
@@ -324,4 +376,12 @@ def test_a_tracker_that_is_missing_is_said_before_training(tiny, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "trackio", None)
     with pytest.raises(InputError, match="pip install trackio"):
         train.main(train_args(tracker="trackio"))
+    with pytest.raises(InputError, match="pip install trackio"):
+        train.main(train_args(tracker="trackio", dry_run=True))
     assert not os.path.exists("run")
+
+
+def test_a_dry_run_starts_no_run_of_a_tracker(tiny, monkeypatch):
+    fake_tracker(monkeypatch)
+    monkeypatch.setattr(__import__("sys").modules["wandb"], "init", None)
+    train.main(train_args(tracker="wandb", dry_run=True))

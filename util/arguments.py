@@ -38,18 +38,28 @@ class Parser(argparse.ArgumentParser):
                 self._refuse(word, words)
         return opt
 
-    def _check_flags(self, words: list[str]) -> None:
-        """End the program if a flag does not exist; argparse may complain of what is missing first.
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace=None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        words = list(sys.argv[1:] if args is None else args)
+        if not {"-h", "--help"} & set(words):
+            for flag, equals, value in self._flags_of(words):
+                action = self._option_string_actions.get(flag)
+                if action is not None and action.nargs == 0 and equals:
+                    self.error(f"{flag} takes no value, found {value or repr(value)}")
+        return super().parse_known_args(words, namespace)
 
-        A flag that takes no value must not have one.
-        """
+    @staticmethod
+    def _flags_of(words: list[str]) -> list[tuple[str, str, str]]:
+        """What may be flags: (--flag, =, value) of each word before a --."""
+        return [x.partition("=") for x in words[: words.index("--") if "--" in words else None]]
+
+    def _check_flags(self, words: list[str]) -> None:
+        """End the program if a flag does not exist; argparse may name what is missing first."""
         flags, unknown = self._option_string_actions, {}
-        for word in words[: words.index("--") if "--" in words else None]:
-            flag, equals, value = word.partition("=")
-            if flag not in flags and re.fullmatch(r"--?[A-Za-z]\S*", word):
-                unknown[flag] = nearest(flag, flags)
-            elif flag in flags and flags[flag].nargs == 0 and equals:
-                self.error(f"{flag} takes no value, found {value}")
+        for parts in self._flags_of(words):
+            if parts[0] not in flags and re.fullmatch(r"--?[A-Za-z]\S*", "".join(parts)):
+                unknown[parts[0]] = nearest(parts[0], flags)
         if len(unknown) > 1:
             said = [f"{flag} ({near}?)" if near else flag for flag, near in unknown.items()]
             self.error(f"unknown flags {', '.join(said)} (--help lists all)")
