@@ -5,7 +5,6 @@ docs/training.md explains each line. Shapes: N images, M captions.
 
 import argparse
 import contextlib
-import importlib
 import itertools
 import math
 import os
@@ -347,18 +346,6 @@ def check_pictures(
 
 
 # A dry run
-
-
-def check_tracker(kind: str | None) -> None:
-    """Raise InputError if the package of a tracker is not there; no run of it is started."""
-    if kind in (None, "none"):
-        return
-    try:
-        there = hasattr(importlib.import_module(kind), "init")  # as util/tracker.py asks
-    except ImportError:
-        there = False
-    if not there:
-        raise InputError(f"--tracker {kind} needs its package: pip install {kind}")
 
 
 @torch.inference_mode()

@@ -47,7 +47,7 @@ from util.devices import pick_device, to_device
 from util.log import append_json, forget_epochs_from, sign_of_life
 from util.memory import peak_mib
 from util.signals import Stop, StopSignal
-from util.tracker import NoTracker, open_tracker
+from util.tracker import NoTracker, load_tracker, open_tracker
 from util.worker_limits import explain
 from vocab import Vocabulary
 
@@ -330,8 +330,7 @@ def save(run: Run, name: str, is_best: bool = False) -> None:
 def set_up(opt: argparse.Namespace, device: torch.device, resumed: dict | None = None) -> Run:
     """All that a run works with, from its options: fresh, or as a checkpoint left it."""
     torch.manual_seed(opt.seed)
-    if opt.dry_run:
-        run_log.check_tracker(opt.tracker)
+    load_tracker(opt.tracker)  # if its package is missing, say so before the data is read
     system = systems.of(opt)
     folder = system.find_data(opt.data_path, opt.data_name)
     if not opt.quiet:

@@ -91,22 +91,31 @@ def open_tracker(kind: str | None, name: str, config: dict) -> NoTracker:
     if the tracker's package is not installed or does not start: training ends before its first
     step then.
     """
-    if kind in (None, "none"):
+    module = load_tracker(kind)
+    if module is None:
         return NoTracker()
+    # Trackio makes a path of the name: one within its own folder.
+    name = "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
+    try:
+        module.init(project=os.environ.get(PROJECTS[kind], PROJECT), name=name, config=dict(config))
+    except Exception as error:
+        raise InputError(f"--tracker {kind} does not start: {one_line(error)}") from None
+    return Tracker(kind, module)
+
+
+def load_tracker(kind: str | None) -> ModuleType | None:
+    """A tracker's package; None: no tracker is wanted. Raises InputError if it is not installed."""
+    if kind in (None, "none"):
+        return None
     if kind not in PROJECTS:
         raise InputError(f"--tracker {kind}: expected one of {', '.join(PROJECTS)}")
     try:
         module = importlib.import_module(kind)
-        start = module.init  # a folder wandb/ of earlier runs can be imported, but has no init
-    except (ImportError, AttributeError):
-        raise InputError(f"--tracker {kind} needs its package: pip install {kind}") from None
-    # Trackio makes a path of the name: one within its own folder.
-    name = "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
-    try:
-        start(project=os.environ.get(PROJECTS[kind], PROJECT), name=name, config=dict(config))
-    except Exception as error:
-        raise InputError(f"--tracker {kind} does not start: {one_line(error)}") from None
-    return Tracker(kind, module)
+    except ImportError:
+        module = None
+    if not hasattr(module, "init"):  # a folder wandb/ of earlier runs can be imported too
+        raise InputError(f"--tracker {kind} needs its package: pip install {kind}")
+    return module
 
 
 def one_line(error: Exception) -> str:
