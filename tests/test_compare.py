@@ -93,7 +93,7 @@ def test_a_result_without_ranks_is_tested_again_but_not_trained(tiny, monkeypatc
     whole = ranks.read_bytes()
     for content in (b"", whole[:300], b"PK no archive", old["flags"].encode()):
         ranks.write_bytes(content)
-        with pytest.raises(InputError, match="ranks_test.npz: not a file of ranks .*; remove it"):
+        with pytest.raises(InputError, match="ranks_test.npz: not a file of ranks.*; remove it"):
             compare.main(args)
     np.savez(ranks, i2t=np.zeros(3))
     with pytest.raises(InputError, match="ranks_test.npz: not a file of ranks"):
