@@ -45,10 +45,9 @@ def _own(scores: np.ndarray, image_of: Sequence[int] | None) -> tuple[Tensor, Te
     return scores, image_of, scores[image_of, torch.arange(m)]
 
 
-def _metrics(ranks: Tensor) -> dict[str, float]:
+def metrics_of_ranks(ranks: np.ndarray) -> dict[str, float]:
     """Recall@K in percent, median and mean rank (counted from 1), of ranks counted from 0."""
     metrics = {f"r{k}": 100.0 * int((ranks < k).sum()) / len(ranks) for k in (1, 5, 10)}
-    ranks = ranks.numpy()
     return metrics | {
         "medr": float(np.floor(np.median(ranks)) + 1),
         "meanr": float(ranks.mean() + 1),
@@ -66,18 +65,20 @@ def i2t(scores: np.ndarray, return_ranks: bool = False, image_of: Sequence[int] 
     equal = torch.zeros(len(scores), dtype=torch.long)  # own captions with that score
     equal.index_add_(0, image_of, (own >= best[image_of]).long())  # (N,)
     ranks = (scores >= best[:, None]).sum(1) - equal  # (N,)
+    metrics = metrics_of_ranks(ranks.numpy())
     if return_ranks:
-        return _metrics(ranks), (ranks.numpy(), scores.argmax(1).numpy())
-    return _metrics(ranks)
+        return metrics, (ranks.numpy(), scores.argmax(1).numpy())
+    return metrics
 
 
 def t2i(scores: np.ndarray, return_ranks: bool = False, image_of: Sequence[int] | None = None):
     """Text to image: the rank of each caption's image among all images; see i2t."""
     scores, _, own = _own(scores, image_of)
     ranks = (scores >= own).sum(0) - 1  # (M,)
+    metrics = metrics_of_ranks(ranks.numpy())
     if return_ranks:
-        return _metrics(ranks), (ranks.numpy(), scores.argmax(0).numpy())
-    return _metrics(ranks)
+        return metrics, (ranks.numpy(), scores.argmax(0).numpy())
+    return metrics
 
 
 def retrieval_metrics(
@@ -92,6 +93,11 @@ def retrieval_metrics(
         ways = {"i2t": t2i(np.transpose(scores)), "t2i": i2t(np.transpose(scores))}
     else:
         ways = {way: f(scores, image_of=image_of) for way, f in (("i2t", i2t), ("t2i", t2i))}
+    return with_sums(ways)
+
+
+def with_sums(ways: dict[str, dict[str, float]]) -> dict:
+    """The metrics of both directions, and `ar`, `ari` and `rsum`; see retrieval_metrics."""
     recalls = {way: [m["r1"], m["r5"], m["r10"]] for way, m in ways.items()}
     return ways | {
         "ar": sum(recalls["i2t"]) / 3,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from metrics import METRICS, mean_metrics
+from metrics import mean_metrics, metrics_of_ranks, with_sums
 from ranking import Ranking, Ranks
 from scoring import Split
 
@@ -120,17 +120,9 @@ def metrics_of(ranking: Ranking, ranks: Ranks) -> dict:
     """What evalrank returns, without the folds, by the ranks of another matrix of the split."""
     found = []
     for images, captions in ranking.folds():
-        ways = {"i2t": _metrics(ranks.i2t[images]), "t2i": _metrics(ranks.t2i[captions])}
-        sums = {way: sum(x[f"r{k}"] for k in (1, 5, 10)) for way, x in ways.items()}
-        means = {"ar": sums["i2t"] / 3, "ari": sums["t2i"] / 3}
-        found.append(ways | means | {"rsum": sums["i2t"] + sums["t2i"]})
+        both = {"i2t": ranks.i2t[images], "t2i": ranks.t2i[captions]}
+        found.append(with_sums({way: metrics_of_ranks(x) for way, x in both.items()}))
     return mean_metrics(found)
-
-
-def _metrics(ranks: np.ndarray) -> dict[str, float]:
-    recalls = (100 * (ranks < k).mean() for k in (1, 5, 10))
-    values = *recalls, np.floor(np.median(ranks)) + 1, ranks.mean() + 1
-    return dict(zip(METRICS, map(float, values), strict=True))
 
 
 def recall_curve(ranks: np.ndarray, candidates: int) -> np.ndarray:
