@@ -181,14 +181,13 @@ def rank_files(
     paths: Sequence[str], fold5: bool, candidates: bool = False, keep_parts: bool = False
 ) -> Ranking:
     """As rank_models, by the mean of saved score matrices; see eval_ensemble."""
-    scores, image_of = read_mean(paths)
+    parts: list = []
+    scores, image_of = read_mean(paths, parts if keep_parts and len(paths) > 1 else None)
     if fold5 and min(scores.shape) < FOLDS:
         raise InputError(f"scores of shape {scores.shape}, too few for five folds")
     for path in paths:
         print(f"Scores: {path}")
     print_counts(scores.shape, image_of)
-    several = keep_parts and len(paths) > 1
-    parts = [mean_scores(path) for path in paths] if several else []
     try:
         return rank_scores(list(paths), scores, image_of, fold5, candidates, parts=parts)
     except InputError as error:

@@ -92,11 +92,14 @@ def mean_scores(paths: str | Sequence[str]) -> np.ndarray:
     return read_mean(paths)[0]
 
 
-def read_mean(paths: str | Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
+def read_mean(
+    paths: str | Sequence[str], parts: list[np.ndarray] | None = None
+) -> tuple[np.ndarray, np.ndarray | None]:
     """The mean of saved score matrices (N, M), and the image of each caption (None: in order).
 
     The files are those that evalrank writes to `save_path`, or those that the published programs
-    dumped. Raises FileNotFoundError or ValueError that names the file that does not fit.
+    dumped. The matrices themselves are appended to `parts`, if it is given. Raises
+    FileNotFoundError or ValueError that names the file that does not fit.
     """
     paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     scores = image_of = None
@@ -120,6 +123,8 @@ def read_mean(paths: str | Sequence[str]) -> tuple[np.ndarray, np.ndarray | None
                 f"({beside(path)}); an ensemble needs one split"
             )
         image_of = own
+        if parts is not None:
+            parts.append(part)
         scores = part.astype(np.float64) if scores is None else scores + part
     if scores is None:
         raise InputError("no score matrix to evaluate")

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import ranking
+import score_files
 import train
 from evaluation import eval_ensemble, rank_files, rank_models
 from metrics import METRICS
@@ -139,6 +140,15 @@ def test_parts_are_ranked_as_the_whole(tmp_path):
         not rank_files(paths, False).parts
         and not rank_files(paths[:1], True, keep_parts=True).parts
     )
+
+
+def test_matrices_that_are_compared_are_read_once(tmp_path, monkeypatch):
+    paths, read = [str(tmp_path / name) for name in ("a.npy", "b.npy")], []
+    for k, path in enumerate(paths):
+        save_scores(path, np.random.default_rng(k).normal(size=(11, 55)).astype("f4"), None)
+    load = score_files.load_objects
+    monkeypatch.setattr(score_files, "load_objects", lambda path: read.append(path) or load(path))
+    assert len(rank_files(paths, False, keep_parts=True).parts) == 2 and read == paths
 
 
 def test_the_size_of_folds_is_said(capsys):
