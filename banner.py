@@ -21,6 +21,7 @@ from bert import WordPieces
 from data import PrecompDataset
 from run_log import RunLog
 from run_state import RunState
+from text_setup import kind_of_captions
 from util import distributed
 from util.fingerprint import fingerprint
 from util.git import commit_of
@@ -84,9 +85,8 @@ def split_counts(dataset: PrecompDataset) -> str:
 
 def captions_mark(train_set: PrecompDataset) -> str | None:
     """The fingerprint of the captions of train and dev: another one means other captions."""
-    name = "sent_caps" if train_set.caption_path.endswith("_sent_caps.txt") else "caps"
     folder = os.path.dirname(train_set.path)
-    found = fingerprint(folder, name)
+    found = fingerprint(folder, kind_of_captions(train_set))
     if not found:
         return None
     return f"{found['sha256'][:8]}, SHA-256 of the {found['lines']:,} captions of {folder}"

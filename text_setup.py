@@ -57,7 +57,7 @@ def check_words(opt: argparse.Namespace, vocab: Vocabulary, train_set: PrecompDa
     Of one that has all words of train there is a notice only.
     """
     folder, resumed = os.path.dirname(train_set.path), bool(opt.resume)
-    kind = "sent_caps" if train_set.caption_path.endswith("_sent_caps.txt") else "caps"
+    kind = kind_of_captions(train_set)
     counts = train_set.n_unknown, train_set.n_words
     source = opt.resume or ckpt.vocab_file(opt.vocab_path, opt)
     if not train_set.n_unknown and not vocab.pieces:
@@ -67,6 +67,11 @@ def check_words(opt: argparse.Namespace, vocab: Vocabulary, train_set: PrecompDa
             print(f"notice: {source}: {other}; it has all words of train")
         return
     check_captions(vocab, folder, *counts, source, opt.allow_unknown, kind, checkpoint=resumed)
+
+
+def kind_of_captions(train_set: PrecompDataset) -> str:
+    """The name of the files of its captions, as util/fingerprint.py takes it."""
+    return "sent_caps" if train_set.caption_path.endswith("_sent_caps.txt") else "caps"
 
 
 def start_from_vectors(model: nn.Module, vocab: Vocabulary, opt: argparse.Namespace) -> None:

@@ -63,7 +63,7 @@ def how_many_miss(missing: int, total: int) -> str:
 
 
 def list_photos(folder: str) -> tuple[dict[str, str], dict[int | str, str | None]]:
-    """The photos of a folder: by name without ending, and by key_of (None: several names fit)."""
+    """The photos of a folder: by name without ending, and by id_key (None: several names fit)."""
     by_name: dict[str, str] = {}
     by_key: dict[int | str, str | None] = {}
     names = [name for name in os.listdir(folder) if name.lower().endswith(ENDINGS)]
