@@ -198,6 +198,17 @@ def test_a_shift_of_dev_is_no_plateau(larger, capsys, monkeypatch):
     assert SHIFT in line and "image n - 20" in line
 
 
+def test_nothing_else_is_said_after_a_shift(tiny, capsys, monkeypatch):
+    """Also in epochs in which the shift is not found again."""
+    found = iter([run_log.Shift(1, "images", 50, 80.0, 2.0)])
+    monkeypatch.setattr(run_log, "find_shift", lambda *_: next(found, None))
+    for name in ("at_twice_the_margin", "worse_than", "at_chance"):
+        monkeypatch.setattr(run_log, name, lambda *_: True)
+    monkeypatch.setattr(run_log, "SOME_STEPS", 1)
+    (line,) = warnings(capsys, num_epochs=3)
+    assert SHIFT in line
+
+
 # A dry run
 
 
