@@ -1,9 +1,9 @@
 """Precomputed region features and captions, read lazily; batches; loaders.
 
-`DATA_PATH/DATA_NAME/` holds per split `{split}_ims.npy` (rows, R, F), `{split}_caps.txt` and,
-optionally, `{split}_ids.txt` (caption_images.py reads which image a caption is of) and
-`{split}_num_boxes.npy` (rows,), how many of the R regions of a row are there; the others are
-filling. gsmn_data.py and pfan_data.py read what these papers need besides.
+`DATA_PATH/DATA_NAME/` holds per split `{split}_ims.npy` (rows, R, F), `{split}_caps.txt` (a split
+that is only searched needs none) and, optionally, `{split}_ids.txt` (caption_images.py reads which
+image a caption is of) and `{split}_num_boxes.npy` (rows,), how many of the R regions of a row are
+there; the others are filling. gsmn_data.py and pfan_data.py read what these papers need besides.
 
 Everything travels as tensors by name. A dataset gives items, `collate_fn` makes a batch of them,
 and the encoders make two encodings of the batch. These are all the names:
@@ -108,8 +108,9 @@ class PrecompDataset(Dataset):
 
     Attributes: `n_images` distinct images, `n_captions`, `image_of` (n_captions,) the image of each
     caption, `rows` (n_images,) where an image is stored, `ids` or None, `text_path`, the file of
-    the sentences, or None. The training loop sets `drop`, which changes each item, and the `epoch`.
-    Raises InputError or FileNotFoundError naming file and row if the files do not fit.
+    the sentences, or None. With `images_only` the caption file may be missing: then each row is an
+    image, and `n_captions` is 0. The training loop sets `drop`, which changes each item, and the
+    `epoch`. Raises InputError or FileNotFoundError naming file and row if the files do not fit.
     """
 
     drop: Drop | None = None
@@ -123,12 +124,14 @@ class PrecompDataset(Dataset):
         vocab: Vocabulary,
         img_dim: int | None = None,
         keep_empty_regions: bool = False,
+        images_only: bool = False,
     ):
         stem = os.path.join(data_path, data_split)
         self.path, self.keep_empty_regions = f"{stem}_ims.npy", keep_empty_regions
         text = self._caption_file(stem, vocab)
-        check_files(data_path, text, self.path)
-        captions = read_captions(text)
+        bare = images_only and not os.path.isfile(text)
+        check_files(data_path, *([] if bare else [text]), self.path)
+        captions = [] if bare else read_captions(text)
         self.images = open_array(self.path, ndim=3)  # (rows, R, F)
         rows, regions, found = self.images.shape
         if not self.images.size:
@@ -143,18 +146,7 @@ class PrecompDataset(Dataset):
         self.num_boxes = None if keep_empty_regions else read_counts(stem, rows, regions)
         self._say_what_is_filling()
         self.file_captions = len(captions)  # before dev is cut
-        self.candidates = 1
-        if not os.path.isfile(f"{stem}_caption_image.txt"):
-            self.candidates = self._candidates(data_split, rows, len(captions))
-        if self.candidates > 1:
-            print(
-                f"notice: {text}: {len(captions)} captions for {rows} images, so {self.candidates} "
-                "candidate images per caption"
-            )
-            first = torch.arange(len(captions)) * self.candidates
-            pairs = CaptionImages(torch.arange(rows), first, None).with_ids(stem, rows)
-        else:
-            pairs = caption_images(stem, self.images, text, len(captions))
+        pairs = self._caption_images(stem, data_split, text, None if bare else len(captions))
         if data_split == "dev":
             pairs = pairs.first(DEV_CAPTIONS)  # Q2
             captions = captions[: len(pairs.image_of)]
@@ -166,14 +158,33 @@ class PrecompDataset(Dataset):
         for ids in self._word_ids(progress(captions, f"tokenising {data_split}"), text, vocab):
             words.extend(ids)
             lengths.append(len(ids))
-        self.lengths = torch.tensor(lengths)  # (n_captions,)
+        self.lengths = torch.tensor(lengths, dtype=torch.long)  # (n_captions,)
         self.words = torch.from_numpy(np.array(words, dtype=np.int32))
         self.start = self.lengths.cumsum(0) - self.lengths  # (n_captions,)
-        self.caption_path = self.text_path = text
+        self.caption_path, self.text_path = text, None if bare else text
         # Without <start> and <end>.
         self.n_words = len(self.words) - 2 * self.n_captions
         self.n_unknown = int((self.words == vocab.word2idx[vocab.unknown]).sum())
         self._warn_of_unknown_words()
+
+    def _caption_images(
+        self, stem: str, data_split: str, text: str, n_captions: int | None
+    ) -> CaptionImages:
+        """The images of the captions; of `n_captions` None, without captions, all rows."""
+        rows, self.candidates = len(self.images), 1
+        if n_captions is None:
+            none = torch.zeros(0, dtype=torch.long)
+            return CaptionImages(torch.arange(rows), none, None).with_ids(stem, rows)
+        if not os.path.isfile(f"{stem}_caption_image.txt"):
+            self.candidates = self._candidates(data_split, rows, n_captions)
+        if self.candidates == 1:
+            return caption_images(stem, self.images, text, n_captions)
+        print(
+            f"notice: {text}: {n_captions} captions for {rows} images, so {self.candidates} "
+            "candidate images per caption"
+        )
+        first = torch.arange(n_captions) * self.candidates
+        return CaptionImages(torch.arange(rows), first, None).with_ids(stem, rows)
 
     def _candidates(self, data_split: str, rows: int, captions: int) -> int:
         """How many candidate images each caption has; they stand in a row. Usually one."""

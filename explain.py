@@ -206,7 +206,7 @@ def own_sentence(
     text = words if isinstance(words, str) else " ".join(words)
     if not text.strip():
         raise InputError("an empty sentence; give at least one word")
-    lacks = dataset.caption_item(0).keys() - {"captions"}
+    lacks = dataset.caption_item(0).keys() - {"captions"} if dataset.n_captions else ()
     if lacks:
         raise InputError(
             f"this model also reads {', '.join(sorted(lacks))} of a caption, which a sentence of "

@@ -349,7 +349,7 @@ class GSMNSystem(System):
         )
 
     def dataset(self, folder, split, vocab, opt) -> GraphDataset:
-        more = {"keep_empty_regions": opt.keep_empty_regions}
+        more = self.split_options(opt)
         return GraphDataset(folder, split, vocab, opt.img_dim, opt.is_sparse, **more)
 
     def published_dataset(self, folder, split, vocab, opt, fold5: bool) -> GraphDataset:

@@ -57,9 +57,10 @@ class GraphDataset(PrecompDataset):
         published_batch: int | None = None,
         published_folds: bool = False,
         keep_empty_regions: bool = False,
+        images_only: bool = False,
     ):
         keep_empty_regions |= published_batch is not None  # as the published programs do
-        super().__init__(data_path, data_split, vocab, img_dim, keep_empty_regions)
+        super().__init__(data_path, data_split, vocab, img_dim, keep_empty_regions, images_only)
         stem = os.path.join(data_path, data_split)
         text = super()._caption_file(stem, vocab)
         self.text_path = text if os.path.isfile(text) else None  # published data may lack it
@@ -80,6 +81,11 @@ class GraphDataset(PrecompDataset):
         if published_batch:
             self._check_published()
         self.pairs = None
+        if dependencies and not self.n_captions:
+            raise InputError(
+                f"{text}: no such caption file, and a sparse GSMN reads the dependencies of each "
+                "caption; to search images without captions, use another model"
+            )
         if dependencies:
             self._read_dependencies(f"{stem}_caps.json")
 

@@ -301,7 +301,7 @@ class PFANSystem(System):
 
     def dataset(self, folder, split, vocab, opt) -> PositionDataset:
         where = folder, split, vocab, opt.img_dim, opt.split_size
-        return PositionDataset(*where, opt.keep_empty_regions)
+        return PositionDataset(*where, **self.split_options(opt))
 
     def prepare_split(self, stem: str) -> None:
         if not os.path.isfile(f"{stem}_boxes.npy"):
@@ -363,8 +363,8 @@ class PFANWholeSystem(PFANSystem):
         )
 
     def dataset(self, folder, split, vocab, opt) -> WholeDataset:
-        where = folder, split, vocab, opt.img_dim, opt.split_size, opt.keep_empty_regions
-        return WholeDataset(*where, need_box_whole=opt.need_box_whole)
+        where = folder, split, vocab, opt.img_dim, opt.split_size
+        return WholeDataset(*where, need_box_whole=opt.need_box_whole, **self.split_options(opt))
 
     def vocab_file(self, folder: str, data_name: str) -> str:
         """{data_name}_sent_vocab.json or .pkl, unless only the other models' file exists."""

@@ -34,8 +34,9 @@ class PositionDataset(PrecompDataset):
         img_dim: int | None = None,
         split_size: int = 16,
         keep_empty_regions: bool = False,
+        images_only: bool = False,
     ):
-        super().__init__(data_path, data_split, vocab, img_dim, keep_empty_regions)
+        super().__init__(data_path, data_split, vocab, img_dim, keep_empty_regions, images_only)
         self.none = split_size**2
         self.block_path = os.path.join(data_path, f"{data_split}_boxes.npy")
         if not os.path.isfile(self.block_path):
@@ -91,9 +92,9 @@ class WholeDataset(PositionDataset):
     by image, `candidates` images per caption instead of k captions per image.
     """
 
-    def __init__(self, *position_dataset, need_box_whole: bool = False):
+    def __init__(self, *position_dataset, need_box_whole: bool = False, **more):
         self.need_box_whole = self.last_region_is_image = need_box_whole
-        super().__init__(*position_dataset)
+        super().__init__(*position_dataset, **more)
         self.whole_path = f"{self.path.removesuffix('_ims.npy')}_who_ims.npy"
         self.whole = open_array(self.whole_path, ndim=2)  # (rows, F)
         rows, _, numbers = self.images.shape

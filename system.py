@@ -110,7 +110,12 @@ class System:
         self, folder: str, split: str, vocab: Vocabulary, opt: argparse.Namespace
     ) -> PrecompDataset:
         """One split. It gives all keys of a batch that the model reads (see data.py)."""
-        return PrecompDataset(folder, split, vocab, opt.img_dim, opt.keep_empty_regions)
+        return PrecompDataset(folder, split, vocab, opt.img_dim, **self.split_options(opt))
+
+    def split_options(self, opt: argparse.Namespace) -> dict:
+        """The arguments that every dataset takes; systems.open_split sets `images_only`."""
+        images_only = getattr(opt, "images_only", False)
+        return {"keep_empty_regions": opt.keep_empty_regions, "images_only": images_only}
 
     # Like dataset(..., fold5), a split as the published evaluation reads it, if that differs.
     published_dataset = None
@@ -135,7 +140,8 @@ class System:
 
     def detect(self, states: States) -> bool:
         """Whether these are the weights of a published checkpoint of this system."""
-        return len(states) == 2 and "position_embedding.weight" not in states[0]
+        others = {"position_embedding.weight", "gpool.linear.weight"}  # PFAN, VSE-infinity
+        return len(states) == 2 and not others & states[0].keys()
 
     def rename(self, states: States) -> States:
         """The state dicts with the names of weights that the model has."""

@@ -35,18 +35,21 @@ def open_split(
     vocab: Vocabulary,
     opt: argparse.Namespace,
     published: dict | None = None,
+    images_only: bool = False,
 ) -> PrecompDataset:
     """A split as the system of the options reads it.
 
     `published`, the arguments of System.published_dataset, asks for the split as the published
-    evaluation reads it.
+    evaluation reads it. With `images_only` the split may lack captions, as one that is only
+    searched.
     """
     system = of(opt)
+    opt = argparse.Namespace(**vars(opt) | {"images_only": images_only})
     if published is None:
         dataset = system.dataset(folder, split, vocab, opt)
     else:
         dataset = system.published_dataset(folder, split, vocab, opt, **published)
-    if opt.text_enc_type == "bert":
+    if opt.text_enc_type == "bert" and dataset.n_captions:
         longest, room = int(dataset.lengths.max()), opt.bert_config["max_position_embeddings"]
         if longest > room:
             line = int(dataset.lengths.argmax()) + 1

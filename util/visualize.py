@@ -23,15 +23,7 @@ from util.cli import InputError, replacing, run  # noqa: E402
 from util.drawn_text import letters_without_font, quiet_fonts  # noqa: E402
 from util.image_ids import id_key, shown, written_key  # noqa: E402
 from util.photos import find_photos  # noqa: E402
-
-
-def pillow():
-    """Pillow's modules Image and ImageOps."""
-    try:
-        from PIL import Image, ImageOps
-    except ImportError:
-        raise InputError("reading photos needs Pillow: pip install pillow") from None
-    return Image, ImageOps
+from util.pictures import open_picture, pillow  # noqa: E402
 
 
 def find_image(text: str, ids: list[str] | None, n_images: int, source: str) -> int:
@@ -62,14 +54,10 @@ def read_photo(path: str, size: tuple[float, float] | None) -> np.ndarray:
 
     Cameras write how a photo is turned; some extractors obey that, others do not.
     """
-    Image, ImageOps = pillow()
-    try:
-        with Image.open(path) as file:
-            plain, turned = file.convert("RGB"), ImageOps.exif_transpose(file).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a picture that can be read ({error})") from None
+    turned = open_picture(path)
     if size is None:
         return np.asarray(turned)
+    plain = open_picture(path, turn=False)
 
     def off(picture) -> float:
         """How far the shape is from that of the boxes' image; 1: the same."""
@@ -184,7 +172,9 @@ def main(argv: list[str] | None = None) -> None:
     folder = system.find_data(
         opt.data_path or options.data_path, opt.data_name or options.data_name
     )
-    dataset = systems.open_split(folder, opt.split, vocab, options)
+    dataset = systems.open_split(
+        folder, opt.split, vocab, options, images_only=opt.text is not None
+    )
     image, caption = choose_pair(opt, dataset)
     found = explain_pair(model, dataset, caption, vocab, image, opt.text)
     scene = read_scene(opt, folder, dataset, image)
