@@ -23,13 +23,20 @@ CXC = {"i2i": ("cxc_i2i.json", 2.5), "t2t": ("cxc_t2t.json", 3.0)}
 
 
 def image_rows(model: nn.Module, images: Encoding) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield positions (n,) of images and their scores (n, N) with all; regions act as words."""
-    regions = images["regions"]  # (N, R, D)
-    lengths = torch.full((len(regions),), regions.size(1))  # (N,)
-    if "region_mask" in images:  # filling stands behind the regions
-        lengths = images["region_mask"].sum(1).cpu()  # (N,)
-    captions = {"words": regions, "lengths": lengths}
-    for index in progress(torch.arange(len(regions)).split(64), "image with image"):
+    """Yield positions (n,) of images and their scores (n, N) with all; regions act as words.
+
+    So does the vector 'image' (N, D) as 'sentence', in an encoding that has it instead.
+    """
+    if "image" in images:
+        captions = {"sentence": images["image"]}  # (N, D)
+    else:
+        regions = images["regions"]  # (N, R, D)
+        lengths = torch.full((len(regions),), regions.size(1))  # (N,)
+        if "region_mask" in images:  # filling stands behind the regions
+            lengths = images["region_mask"].sum(1).cpu()  # (N,)
+        captions = {"words": regions, "lengths": lengths}
+    n = len(next(iter(captions.values())))  # N
+    for index in progress(torch.arange(n).split(64), "image with image"):
         some = {name: x[index.to(x.device)] for name, x in images.items()}  # (n, ...)
         yield index, model.similarity(some, captions).cpu()  # (n, N)
 
@@ -41,7 +48,8 @@ def caption_rows(model: nn.Module, captions: list[Encoding]) -> Iterator[tuple[T
         (group, some) for group in captions for some in torch.arange(len(group["index"])).split(64)
     ]
     for queries, some in progress(parts, "caption with caption"):
-        images = {"regions": queries["words"][some.to(queries["words"].device)]}  # (n, W, D)
+        own, acts_as = ("words", "regions") if "words" in queries else ("sentence", "image")
+        images = {acts_as: queries[own][some.to(queries[own].device)]}  # (n, W, D) or (n, D)
         scores = torch.empty(len(some), total)  # (n, M)
         for group in captions:
             scores[:, group["index"]] = model.similarity(images, group).cpu()

@@ -23,7 +23,8 @@ and the encoders make two encodings of the batch. These are all the names:
 | whole           | both     | (B, F or D)  | PFAN, whole images: vector of the whole image    |
 | regions         | encoding | (B, R, D)    | encoded regions                                  |
 | words           | encoding | (B, W, D)    | encoded words, zeros beyond each length          |
-| sentence        | encoding | (B, D)       | PFAN, whole images: final state of the GRU       |
+| sentence        | encoding | (B, D)       | VSE: the caption; PFAN whole: the GRU's end      |
+| image           | encoding | (B, D)       | VSE: the image as one vector                     |
 | edges           | encoding | (B, R, K)    | GSMN: edges of the visual graph                  |
 
 A batch holds images and captions of B pairs. In evaluation images and captions are encoded apart,

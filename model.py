@@ -156,6 +156,7 @@ class Encoders(nn.Module):
 
     caption_keys = ("captions", "lengths")  # what encode_captions reads of a batch
     grad_checkpointing = 0  # parts in which a batch's images are encoded; 0: whole, all is kept
+    images_in_parts = True  # False: an image's encoding depends on its batch, so only captions are
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Encoding, Encoding]:
         """Both encodings of a batch of pairs: the call that DistributedDataParallel wraps."""
@@ -168,7 +169,10 @@ class Encoders(nn.Module):
         # together, in half as many parts as the images.
         order = batch["lengths"].argsort(stable=True)
         text = {name: x[order.to(x.device)] for name, x in text.items()}
-        images = encode_in_parts(self.encode_images, images, parts)
+        if self.images_in_parts:
+            images = encode_in_parts(self.encode_images, images, parts)
+        else:
+            images = self.encode_images(images)
         captions = encode_in_parts(self.encode_captions, text, (parts + 1) // 2)
         back = order.argsort()
         return images, {name: x[back.to(x.device)] for name, x in captions.items()}

@@ -122,7 +122,7 @@ def add_training_options(group) -> None:
         "--learning_rate",
         default=0.0002,
         type=NOT_NEGATIVE,
-        help="of Adam; CHAN: AdamW; with BERT: AdamW, and BERT's own weights at a tenth of it",
+        help="of Adam; CHAN, VSE: AdamW; with BERT: AdamW, and BERT's own weights at a tenth of it",
     )
     group.add_argument(
         "--optim",
@@ -158,7 +158,7 @@ def add_loss_options(group) -> None:
         "--criterion",
         default="ContrastiveLoss",
         choices=CRITERIA,
-        help="the hinge ranking loss, or InfoNCE; for CHAN the hinge is that of the hardest "
+        help="the hinge ranking loss, or InfoNCE; for CHAN and VSE it is that of the hardest "
         "negatives after --vse_mean_warmup_epochs, with or without --max_violation",
     )
     group.add_argument(
@@ -219,7 +219,7 @@ def add_encoder_options(group) -> None:
         "--text_enc_type",
         default="bigru",
         choices=["bigru", "bert"],
-        help="bigru (a GRU, of one direction without --bi_gru; CHAN's always has two) | bert (pip "
+        help="bigru (a GRU, of one direction without --bi_gru; CHAN's and VSE's have two) | bert (pip "
         "install transformers)",
     )
     group.add_argument(

@@ -38,7 +38,7 @@ for _kind in (pathlib.PurePosixPath, pathlib.PureWindowsPath):
 
 # Programs of this field whose checkpoints look like SCAN's: how a name of their weights begins.
 RELATIVES = {
-    "VSE-infinity (Chen et al., CVPR 2021)": r"gpool\.|mlp\.(layers|bns)\.",
+    "VSE-infinity on raw images (Chen et al., CVPR 2021)": r"backbone\.",
     "VSRN (Li et al., ICCV 2019)": r"Rs_GCN_\d",
     "IMRAM (Chen et al., CVPR 2020)": r"fc_local\.|gate_(t2i|i2t)\.",
     "SGRAF (Diao et al., AAAI 2021)": r"(SGR|SAF)_module\.|sim_tran(loc|glo)_w\.",

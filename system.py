@@ -46,8 +46,9 @@ class System:
     # The values of `cross_attn` that the model's similarity() takes; none if a score has no
     # direction.
     directions = ("t2i", "i2t")
-    # Whether encodings hold regions and words only, so that each can take the other's place: then
-    # extended.py compares images with images, and captions with captions.
+    # Whether encodings hold regions and words only, or one vector each ('image', 'sentence'), so
+    # that each can take the other's place: then extended.py compares images with images, and
+    # captions with captions.
     interchangeable = True
     reads_whole = False  # whether serve.py needs a vector of the whole image
     # 'epoch' of a published checkpoint: the number of the last epoch, or how many are finished.

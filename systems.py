@@ -15,6 +15,7 @@ PAPERS = (
     "pfan:PFANSystem",  # IJCAI 2019
     "pfan:PFANWholeSystem",  # its variant for news photos
     "chan:CHANSystem",  # CVPR 2023
+    "vse:VSESystem",  # VSE-infinity, CVPR 2021
 )
 SYSTEMS: dict[str, System] = {
     system.name: system for system in (pkgutil.resolve_name(paper)() for paper in PAPERS)

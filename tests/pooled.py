@@ -48,7 +48,6 @@ class PooledSystem(System):
 
     name, title = "pooled", "Pooled"
     directions = ()  # similarity() takes no cross_attn
-    interchangeable = False  # an encoded image cannot stand for a caption
     compared = ("Pooled, maximum", "--pooling max")
     benchmarks = {"mean": "--bi_gru"}
 

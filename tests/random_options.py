@@ -28,9 +28,11 @@ from gsmn import GSMN
 from gsmn_data import adjacency
 from model import AGG_FUNC, RAW_FEATURE_NORM, SCAN, ContrastiveLoss
 from pfan import PFAN, PFANWhole
-from tests import reference, reference_systems
+from tests import reference, reference_systems, reference_vse
+from vse import POOLS, VSE
 
 SYSTEMS = {"scan": SCAN, "gsmn": GSMN, "pfan": PFAN, "pfan_whole": PFANWhole, "chan": CHAN}
+SYSTEMS["vse"] = VSE
 WORDS = 12  # in the vocabulary
 TIMES, LEAST = 10, 1e-5  # the bound: TIMES the distance of plain loops, at least LEAST
 
@@ -148,6 +150,8 @@ def draw_options(r: Draws, system: str, regions: int) -> dict:
             options["embed_size"] = r.pick([8, 16, 32, 64])
         options |= {"coding_type": r.pick(CODING), "pooling_type": r.pick(POOLING)}
         return options | {"alpha": r.between(0.03, 3), "belta": r.between(0.03, 3)}
+    if system == "vse":
+        return options | {"pool": r.pick(POOLS)}
     options |= {"bi_gru": r.chance(0.7), "precomp_enc_type": r.pick(["basic", "weight_norm"])}
     options["lambda_softmax"] = r.pick([r.between(0.01, 1), r.between(1, 30), r.between(1, 100)])
     if system == "gsmn":
@@ -306,7 +310,10 @@ def run_plain(case: Case, dtype: torch.dtype) -> tuple[nn.Module, Tensor, Tensor
     """The step with plain loops: model, scores (B, B), loss."""
     net = copy.deepcopy(case.model).to(dtype)
     batch = {name: x.to(dtype) if x.is_floating_point() else x for name, x in case.batch.items()}
-    scores = reference_systems.system_scores(net, batch, case.dependencies)
+    if case.system == "vse":
+        scores = reference_vse.vse_scores(net, batch)
+    else:
+        scores = reference_systems.system_scores(net, batch, case.dependencies)
     training, index = case.training, image_index(case)
     if training["infonce"]:
         loss = reference.info_nce(scores, training["infonce"], training["margin"], index)

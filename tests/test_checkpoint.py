@@ -171,6 +171,7 @@ def test_missing_and_foreign_files_are_named(tmp_path):
         ([("position_embedding.weight", "fc_whole.weight"), ()], "pfan_whole"),
         ([(), (), ("graph_convolution_1.mean_rho",), ()], "gsmn"),
         ([(), (), (), ()], "chan"),
+        ([("gpool.linear.weight", "mlp.layers.0.weight"), ("gpool.linear.weight",)], "vse"),
     ],
 )
 def test_other_systems_are_detected(tmp_path, states, system):

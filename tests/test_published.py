@@ -217,14 +217,11 @@ def test_what_is_not_plain_is_refused_and_nothing_runs(
 GRU = ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"]
 FC, WORDS = ["fc.weight", "fc.bias"], ["embed.weight", *(f"rnn.{x}" for x in GRU)]
 POOL = [*(f"gpool.gru.{x}{d}" for x in GRU for d in ("", "_reverse")), "gpool.linear.weight"]
-MLP = ["mlp.layers.0.weight", "mlp.layers.1.bias", "mlp.bns.0.running_mean"]
 BERT = ["bert.embeddings.word_embeddings.weight", "bert.pooler.dense.weight", "linear.weight"]
 GCN = [f"Rs_GCN_{k}.g.weight" for k in range(1, 5)]
 SIM = ["v_global_w.embedding_local.0.weight", "sim_tranloc_w.weight", "sim_eval_w.bias"]
 RELATIVES = {
-    "VSE-infinity": [
-        [[*FC, *MLP, *POOL], [*BERT, *POOL]],
-        [[*FC, *MLP, *POOL], [*WORDS, *POOL]],
+    "VSE-infinity on raw images": [
         [["backbone.base.0.weight", *(f"image_encoder.{x}" for x in FC + POOL)], [*BERT, *POOL]],
     ],
     "VSE\\+\\+": [

@@ -67,7 +67,7 @@ def test_each_row_of_a_paper_comes_with_the_number_of_its_images(home, script):
 
 
 def test_all_rows_were_tried():
-    assert len(ROWS) == 24 and len(ENSEMBLES) == 7
+    assert len(ROWS) == 28 and len(ENSEMBLES) == 7
 
 
 @pytest.mark.parametrize(

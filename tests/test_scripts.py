@@ -172,16 +172,20 @@ def test_flags_of_the_pfan_rows():
 
 
 def test_rows_show_their_whole_command():
-    """row.sh adds folders only; CHAN's hardest negatives and two directions need no flag."""
+    """row.sh adds folders only.
+
+    The hardest negatives and the two directions of CHAN and VSE-infinity need no flag.
+    """
     shared = (ROOT / "scripts" / "row.sh").read_text()
     call = shared.partition('train.py" ')[2].partition("\n\n")[0]
     added = set(re.findall(r"--\w+", call.partition("test_it")[0]))
     assert added == {"--data_path", "--data_name", "--vocab_path", "--model_name", "--logger_name"}
     rows = [path for path in (ROOT / "scripts").glob("*.sh") if ')/row.sh"' in path.read_text()]
-    assert len(rows) == 24
+    assert len(rows) == 28
     for path in rows:
         text = path.read_text()
-        assert ("--max_violation" in text and "--bi_gru" in text) != ("--model chan" in text), path
+        without = "--model chan" in text or "--model vse" in text
+        assert ("--max_violation" in text and "--bi_gru" in text) != without, path
 
 
 @pytest.mark.parametrize("row", ["pfan_f30k_only_i2t", "pfan_coco_i2t", "pfan_tencent_t2i"])
@@ -237,6 +241,22 @@ def test_the_chan_rows_with_bert(home):
     for row in ("chan_f30k_bert", "chan_coco_bert"):
         _, opt = chan_row(home, row, "--bert_path", "bert")
         assert (opt.text_enc_type, opt.precomp_enc_type) == ("bert", "basic")
+
+
+@pytest.mark.parametrize("row", ["vse_f30k_bigru", "vse_coco_bigru", "vse_f30k_bert"])
+def test_the_vse_rows(home, row):
+    args = []
+    if row.endswith("bert"):
+        small_bert = pytest.importorskip("tests.small_bert")
+        args = ["--bert_path", "bert_of_vse"]
+        (home / "bert_of_vse").mkdir()
+        small_bert.write_bert(home / "bert_of_vse")
+    done = bash(home, row, "data", *TINY, *args)
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_sizes(done.stdout, FOLD if "coco" in row else F30K)
+    opt = trained(home / "runs", row)
+    assert opt.model == "vse" and opt.drop and opt.pool == "gpo"
+    assert opt.text_enc_type == row.split("_")[2] and opt.margin == 0.2
 
 
 @pytest.mark.parametrize("name", ["f30k", "coco"])

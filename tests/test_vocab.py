@@ -118,12 +118,12 @@ def test_our_vocabularies_say_that_they_lower_all_letters(tmp_path):
         Vocabulary.from_state_dict(state | {"lower": "latin"}, "x")
 
 
-@pytest.mark.parametrize("system", ["scan", "gsmn", "pfan", "pfan_whole", "chan"])
+@pytest.mark.parametrize("system", ["scan", "gsmn", "pfan", "pfan_whole", "chan", "vse"])
 def test_the_rule_of_a_published_vocabulary_is_that_of_its_program(system):
-    """CHAN is a program for Python 3, where text has Unicode letters; the others used bytes."""
+    """CHAN and VSE-infinity are programs for Python 3, where text is Unicode; others used bytes."""
     opt = options.parse(["--model", system])
     words = systems.of(opt).vocabulary(Vocabulary.from_state_dict(published("x"), "x"), opt)
-    assert words.lower == ("unicode" if system == "chan" else "ascii")
+    assert words.lower == ("unicode" if system in ("chan", "vse") else "ascii")
 
 
 def test_tokens_fall_back_with_one_notice(punkt, capsys):
