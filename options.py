@@ -219,7 +219,7 @@ def add_encoder_options(group) -> None:
         "--text_enc_type",
         default="bigru",
         choices=["bigru", "bert"],
-        help="bigru (a GRU, of one direction without --bi_gru; CHAN's and VSE's have two) | bert (pip "
+        help="bigru (a GRU, of one direction without --bi_gru; CHAN and VSE: of both) | bert (pip "
         "install transformers)",
     )
     group.add_argument(

@@ -84,3 +84,11 @@ def test_without_ids_the_numbers_must_be_complete(tmp_path, files, all_there, ca
     found = find_photos(tmp_path, None, "test", None, 3)
     assert names(found) == (files[:3] if all_there else [None] * 3)
     assert capsys.readouterr().out.startswith("notice: ") != all_there
+
+
+def test_two_pictures_of_one_stem_are_two_images(tmp_path, capsys):
+    touch(tmp_path, "a.jpg", "a.png", "b.webp", "c.GIF", "d.tif", "e.bmp")
+    ids = ["a.png", "a.jpg", "b", "c.gif", "d.tif", "e"]
+    found = names(find_photos(tmp_path, None, "test", ids, len(ids)))
+    assert found == ["a.png", "a.jpg", "b.webp", "c.GIF", "d.tif", "e.bmp"]
+    assert capsys.readouterr().out == ""

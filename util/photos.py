@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 from util.cli import InputError
 from util.image_ids import id_key, shown
-
-ENDINGS = ".jpg", ".jpeg", ".png"
+from util.pictures import ENDINGS
 
 
 def find_photos(
@@ -18,7 +17,7 @@ def find_photos(
 ) -> list[str | None]:
     """The path of each image's photo (n_images,); None where there is none.
 
-    `folder` holds `{id}.jpg`, `.jpeg` or `.png`; the ids may be file names, or numbers that stand
+    `folder` holds `{id}.jpg` or other pictures; the ids may be file names, or numbers that stand
     in the names in another way (COCO's). Without `folder` it is `pictures` of `data_folder`, if the
     data set has it. If it has a folder `{split}`, that is taken instead. If there are no ids, the
     names of the photos are the numbers of the images, from 0, and none may be missing: else they
@@ -39,7 +38,13 @@ def find_photos(
     folder = inner if os.path.isdir(inner) else folder
     by_name, by_key = list_photos(folder)
     names = [str(image) for image in range(n_images)] if ids is None else ids
-    found = [by_name.get(stem(name)) or by_key.get(id_key(name)) for name in names]
+    there = set(os.listdir(folder))
+    found = [
+        os.path.join(folder, name)  # 12.jpg and 12.png may be two images
+        if name in there and name.lower().endswith(ENDINGS)
+        else by_name.get(stem(name)) or by_key.get(id_key(name))
+        for name in names
+    ]
     missing = [image for image, path in enumerate(found) if path is None]
     if not missing:
         return found

@@ -21,6 +21,7 @@ from util.arguments import FROM_0, Parser  # noqa: E402
 from util.boxes import BoxCheck  # noqa: E402
 from util.cli import InputError, replacing, run  # noqa: E402
 from util.drawn_text import letters_without_font, quiet_fonts  # noqa: E402
+from util.extract_regions import read_settings  # noqa: E402
 from util.image_ids import id_key, shown, written_key  # noqa: E402
 from util.photos import find_photos  # noqa: E402
 from util.pictures import open_picture, pillow  # noqa: E402
@@ -90,7 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--images",
         metavar="FOLDER",
-        help="photos, named by {split}_ids.txt; default: pictures/ of the data, if it is there",
+        help="photos, named by {split}_ids.txt; default: those that extract_regions.py has read, "
+        "or pictures/ of the data, if it is there",
     )
     parser.add_argument(
         "--out", required=True, type=os.path.expanduser, help="folder for picture and page"
@@ -129,12 +131,19 @@ def choose_pair(opt: argparse.Namespace, dataset) -> tuple[int, int | None]:
     return image, opt.caption
 
 
+def photos_of(stem: str) -> str | None:
+    """The folder of photos that extract_regions.py made a split of, if it is still there."""
+    folder = (read_settings(stem) or {}).get("photos")
+    return folder if folder and os.path.isdir(folder) else None
+
+
 def read_scene(opt: argparse.Namespace, folder: str, dataset, image: int) -> dict:
     """Boxes, size and pixels of an image, as attention_figure.draw takes them; says what lacks."""
     from explain import region_boxes
 
     boxes, size = region_boxes(dataset, image)
-    found = find_photos(opt.images, folder, opt.split, dataset.ids, dataset.n_images)[image]
+    images = opt.images or photos_of(os.path.join(folder, opt.split))
+    found = find_photos(images, folder, opt.split, dataset.ids, dataset.n_images)[image]
     pixels = None if found is None else read_photo(found, size)
     if boxes is None:
         print(

@@ -1,0 +1,150 @@
+"""Read boxes that another program has found, for --boxes. Shapes: N pictures, R boxes."""
+
+import hashlib
+import os
+import zipfile
+import zlib
+
+import numpy as np
+
+from util.captions import read_lines
+from util.cli import InputError
+from util.image_ids import ImageIds, shown
+
+BOXES, COUNTS = ("boxes", "bbox", "bboxes"), ("num_boxes", "num_bbox")
+FORM = "file name, left, top, right, bottom, with tabs between them"
+DAMAGED = ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error
+
+
+class GivenBoxes:
+    """The boxes of some pictures, left, top, right, bottom in pixels of the picture as it is seen.
+
+    They come from one of three: a .tsv with a line per box (FORM); an .npz with `ids` (N,), `boxes`
+    (N, R, 4) and, where the numbers differ, `num_boxes` (N,); or a folder of .npz files, one per
+    picture, called {file name}.npz or without the picture's ending, with `bbox` or `boxes` (R, 4)
+    and, if they are pixels of a picture of another size, `image_w` and `image_h`.
+    Raises InputError if a picture has no boxes, or some that are not whole.
+    """
+
+    def __init__(self, path: str, names: list[str], most: int | None = None):
+        """Read the boxes of the pictures `names`, the first `most` of each (None: all)."""
+        self.path, self.images = path, ImageIds(names)
+        self.boxes: list[np.ndarray | None] = [None] * len(self.images.names)  # (R, 4) each
+        self.sizes: dict[int, tuple[float, float]] = {}
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"--boxes {path}: no such file or folder")
+        if os.path.isdir(path):
+            self._read_folder(names)
+        elif path.lower().endswith(".npz"):
+            self._read_npz()
+        else:
+            self._read_tsv()
+        lacking = [k for k, boxes in enumerate(self.boxes) if boxes is None or not len(boxes)]
+        if lacking:
+            raise InputError(
+                f"--boxes {path}: no boxes for {len(lacking)} of {len(names)} pictures, the first "
+                f"{shown(self.images.names[lacking[0]])}"
+            )
+        self.boxes = [boxes[:most] for boxes in self.boxes]
+        digest = hashlib.sha256()
+        for name, boxes in zip(self.images.names, self.boxes, strict=True):
+            self._check(name, boxes)
+            digest.update(boxes.tobytes())
+        self.digest = digest.hexdigest()
+        self.most = max(map(len, self.boxes))
+
+    def _check(self, name: str, boxes: np.ndarray) -> None:
+        """Raise InputError if boxes (R, 4) are no numbers, or end before they begin."""
+        wrong = ~np.isfinite(boxes).all(1) | (boxes[:, 2:] < boxes[:, :2]).any(1)
+        if wrong.any():
+            k = int(wrong.argmax())
+            raise InputError(
+                f"--boxes {self.path}: {shown(name)}, box {k} (from 0): {boxes[k].tolist()}; "
+                "expected left, top, right, bottom in pixels"
+            )
+
+    def _read_tsv(self) -> None:
+        found: list[list] = [[] for _ in self.boxes]
+        for row, line in enumerate(read_lines(self.path), 1):
+            if not line:
+                continue
+            name, *numbers = line.split("\t")
+            try:
+                box = [float(x) for x in numbers]
+            except ValueError:
+                box = []
+            if len(box) != 4:
+                raise InputError(f"{self.path}: line {row}: expected {FORM}; found {line[:60]!r}")
+            image = self.images.find(name)
+            if image is not None:
+                found[image].append(box)
+        self.boxes = [np.array(x, np.float32).reshape(-1, 4) for x in found]
+
+    def _load(self, path: str) -> dict[str, np.ndarray]:
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                wanted = {"ids", "image_w", "image_h", *BOXES, *COUNTS} & set(archive)
+                return {name: archive[name] for name in wanted}
+        except DAMAGED as error:
+            raise InputError(f"{path}: not a whole .npz file of arrays ({error})") from None
+
+    def _read_npz(self) -> None:
+        arrays = self._load(self.path)
+        boxes = next((arrays[x] for x in BOXES if x in arrays), None)
+        ids = arrays.get("ids")
+        if ids is None or boxes is None or boxes.ndim != 3 or boxes.shape[2] != 4:
+            raise InputError(f"{self.path}: expected ids (N,) and boxes (N, R, 4)")
+        counts = next((arrays[x] for x in COUNTS if x in arrays), np.full(len(ids), boxes.shape[1]))
+        if not len(ids) == len(boxes) == len(counts):
+            raise InputError(f"{self.path}: {len(ids)} ids, {len(boxes)} rows of boxes")
+        for name, row, n in zip(ids.tolist(), boxes, counts.tolist(), strict=True):
+            image = self.images.find(name.decode() if isinstance(name, bytes) else str(name))
+            if image is not None:
+                self.boxes[image] = row[: int(n)].astype(np.float32)
+
+    def _read_folder(self, names: list[str]) -> None:
+        for image, name in enumerate(self.images.names):
+            places = [
+                os.path.join(self.path, f"{x}.npz") for x in (name, os.path.splitext(name)[0])
+            ]
+            path = next(filter(os.path.isfile, places), None)
+            if path is None:
+                continue
+            arrays = self._load(path)
+            boxes = next((arrays[x] for x in BOXES if x in arrays), None)
+            if (
+                boxes is None
+                or boxes.ndim != 2
+                or boxes.shape[1] != 4
+                or boxes.dtype.kind not in "fiu"
+            ):
+                raise InputError(f"{path}: expected bbox or boxes (R, 4)")
+            count = next((arrays[x] for x in COUNTS if x in arrays), np.array(len(boxes)))
+            self.boxes[image] = boxes[: int(count.reshape(-1)[0])].astype(np.float32)
+            if "image_w" in arrays and "image_h" in arrays:
+                width, height = (arrays[x].reshape(-1)[0] for x in ("image_w", "image_h"))
+                self.sizes[image] = float(width), float(height)
+
+    def of(self, name: str, size: tuple[int, int]) -> np.ndarray:
+        """The boxes (R, 4) of a picture of width and height `size`, in its pixels.
+
+        Raises InputError if they are those of a picture of another shape, or lie outside of it.
+        """
+        image = self.images.find(name)
+        boxes = self.boxes[image]
+        width, height = self.sizes.get(image, size)
+        across, down = size[0] / width, size[1] / height
+        if not 0.97 < across / down < 1.03:
+            raise InputError(
+                f"--boxes {self.path}: the boxes of {shown(name)} are those of a picture of "
+                f"{width:g} x {height:g}, but it has {size[0]} x {size[1]} as it is seen"
+            )
+        boxes = boxes * np.array([across, down] * 2, np.float32)
+        outside = (boxes[:, :2] >= size).any(1) | (boxes[:, 2:] <= 0).any(1)
+        if outside.any():
+            k = int(outside.argmax())
+            raise InputError(
+                f"--boxes {self.path}: {shown(name)}, box {k} (from 0): {boxes[k].tolist()} lies "
+                f"outside of the picture of {size[0]} x {size[1]}"
+            )
+        return boxes
