@@ -286,7 +286,8 @@ def test_damaged_settings_are_said(photos):
     path = OUT / "test_extractor.json"
     good = json.loads(path.read_text())
     assert extract_regions.read_settings(str(OUT / "test")) == good
-    for text in ("[]", "{", json.dumps(good | {"backend": 3}), json.dumps(good | {"weights": 3})):
+    wrong = [json.dumps(good | {key: 3}) for key in ("backend", "weights")]
+    for text in ("[]", "{", "[" * 200_000, *wrong):
         path.write_text(text)
         with pytest.raises(InputError, match="test_extractor.json: "):
             extract_regions.read_settings(str(OUT / "test"))

@@ -1,6 +1,7 @@
 """Pictures of all formats and colours are read as they are seen; faults are said in a line."""
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -179,3 +180,20 @@ def test_other_files(tmp_path, data, said):
 def test_a_missing_file_keeps_its_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.jpg"):
         open_picture(tmp_path / "none.jpg")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_or_a_folder_is_no_picture_and_does_not_wait(tmp_path):
+    os.mkfifo(tmp_path / "b.jpg")
+    (tmp_path / "c.jpg").mkdir()
+    for name in ("b.jpg", "c.jpg", "/dev/zero"):
+        with pytest.raises(InputError, match="not a file that holds a picture"):
+            open_picture(tmp_path / name)
+
+
+def test_a_name_cannot_control_the_terminal(tmp_path):
+    path = tmp_path / "a\x1b[31mred\x9b.jpg"
+    path.write_bytes(b"no picture")
+    with pytest.raises(InputError) as caught:
+        open_picture(path)
+    assert str(caught.value).isprintable() and "a?[31mred?.jpg" in str(caught.value)

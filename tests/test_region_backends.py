@@ -197,3 +197,10 @@ def test_unknown_names(monkeypatch):
     settings = open_extractor({"backend": "tiny"}, "cpu").settings
     with pytest.raises(InputError, match="other weights than those .* 00000000, expected 11111111"):
         open_extractor(settings | {"weights_sha256": "1" * 64}, "cpu")
+
+
+@pytest.mark.parametrize("key", ["grid", "regions"])
+@pytest.mark.parametrize("count", [-1, -3, 0, True, 2.5, "6"])
+def test_counts_that_a_file_of_settings_may_hold(key, count):
+    with pytest.raises(InputError, match=f"{key} .*: expected a whole number, at least 1"):
+        open_extractor({"backend": "efficientnet_lite", key: count}, "cpu")

@@ -107,7 +107,7 @@ def read_json(path: str) -> dict:
     """The object in a JSON file."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError:  # also of bytes that are no UTF-8
+    except (ValueError, RecursionError):  # also of bytes that are no UTF-8
         found = None
     if not isinstance(found, dict):
         raise InputError(f"{path}: expected a JSON object; make it again with extract_regions.py")

@@ -5,6 +5,7 @@ It imports neither numpy nor torch: util/upload_worker.py reads uploads with it 
 
 import io
 import os
+import stat
 import warnings
 
 from util.cli import InputError
@@ -42,7 +43,9 @@ def open_picture(
     """
     Image = pillow()
     given = isinstance(source, bytes | bytearray | memoryview)
-    name = "the picture" if given else os.fspath(source)
+    name = "the picture" if given else printable(os.fspath(source))
+    if not given and not stat.S_ISREG(os.stat(source).st_mode):  # a pipe would never end
+        raise InputError(f"{name}: not a file that holds a picture")
     with io.BytesIO(source) if given else open(source, "rb") as file:
         if not file.read(1):
             raise InputError(f"{name}: empty (0 bytes)")
@@ -68,6 +71,11 @@ def open_picture(
             raise InputError(
                 f"{name}: damaged, or not a picture that can be read ({said[:200]})"
             ) from None
+
+
+def printable(name: str) -> str:
+    """A file's name for a message, without what would control a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
 def _in_rgb(picture, turn: bool):

@@ -42,6 +42,10 @@ def open_extractor(settings: dict, device="auto", download: bool = False) -> Ext
     if name not in BACKENDS:
         near = did_you_mean(nearest(str(name), BACKENDS))
         raise InputError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}{near}")
+    for key in ("grid", "regions"):
+        count = settings.get(key)
+        if count is not None and (type(count) is not int or count < 1):
+            raise InputError(f"{key} {count!r}: expected a whole number, at least 1")
     device = pick_device(device)
     if settings.get("half") and device.type != "cuda":
         raise InputError(f"--half is for a GPU; the device is {device}")
