@@ -1,7 +1,8 @@
-"""Serve the scores of a checkpoint over HTTP, until the server is stopped.
+"""Serve the scores of a checkpoint over HTTP, and a page that searches data, until it is stopped.
 
     pip install fastapi uvicorn
     python serve.py runs/x/model_best.pth.tar                # http://127.0.0.1:5091
+    python serve.py runs/x/model_best.pth.tar --data_path data --split test     # with the page
     curl http://127.0.0.1:5091/health                        # the API is described at /docs
 
 POST /scan_sentence_image_score takes {"sentence": [words], "boxes": [bottom-up-attention records],
@@ -21,8 +22,8 @@ import socket
 import sys
 import threading
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import asynccontextmanager, suppress
-from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -41,9 +42,12 @@ try:
     import uvicorn
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse
-    from pydantic import BaseModel, FailFast, Field, FiniteFloat, ValidationError
+    from pydantic import ValidationError
     from starlette.requests import ClientDisconnect
 
+    import serve_finder
+    from serve_schema import Body, Record, Scores, explain
+    from serve_search import SearchLimits, SearchRoutes, add_start
     from util.request_batcher import Limits, Query, Refused, RequestBatcher
 except ImportError as error:
     message = f"serve.py needs {error.name}, which is not installed: pip install fastapi uvicorn"
@@ -55,61 +59,19 @@ PORT = 5091  # as the published server
 DIRECTIONS = ("t2i", "i2t")
 
 
-# A list is refused at its first fault, or if it is too long: a report of all faults would be many
-# times larger than the body.
-MOST = 2**16
-FEW = FailFast(), Field(min_length=1, max_length=MOST)
-
-
-class Record(BaseModel):
-    """An image, as in a tsv file of bottom-up-attention; other fields are ignored."""
-
-    image_id: int | str | None = None
-    image_w: Annotated[FiniteFloat, Field(gt=0, description="width in pixels")]
-    image_h: Annotated[FiniteFloat, Field(gt=0, description="height in pixels")]
-    num_boxes: Annotated[int, Field(ge=1, le=10**6, description="number of regions, R")]
-    boxes: Annotated[str, Field(description="base64 of float32 (R, 4): left, top, right, bottom")]
-    features: Annotated[str, Field(description="base64 of float32 (R, F)")]
-
-
-class Body(BaseModel):
-    """A sentence and the images to score it with; other fields are ignored."""
-
-    sentence: Annotated[list[str], *FEW, Field(description="the words")]
-    boxes: Annotated[list[Record], *FEW, Field(description="one record per image")]
-    whole_items: Annotated[
-        list[Annotated[list[FiniteFloat], *FEW]],
-        *FEW,
-        Field(description="for pfan_whole: one vector (F,) per image"),
-    ] = None
-    dependencies: Annotated[
-        list[tuple[int, int]],
-        *FEW,
-        Field(description="for a sparse GSMN: [governor, dependent], <start> is 0, the root first"),
-    ] = None
-
-
-class Scores(BaseModel):
-    """One score per image, in the order of the request, in each direction."""
-
-    sim_t2i: list[float]
-    sim_i2t: list[float]
-
-
-def explain(error: ValidationError) -> str:
-    """The first three faults of a body, each with its place."""
-    said = []
-    for fault in error.errors(include_url=False, include_input=False, include_context=False)[:3]:
-        place = ".".join(map(str, fault["loc"]))
-        said.append(f"{place}: {fault['msg']}" if place else fault["msg"])
-    return "; ".join(said)
-
-
 class Scorer:
     """Converts requests to batches and scores them with a model."""
 
-    def __init__(self, path: str, vocab_path: str | None, device: torch.device, limits: Limits):
-        self.model, self.vocab, self.opt = ckpt.load_model(path, vocab_path, device)
+    def __init__(
+        self,
+        path: str,
+        vocab_path: str | None,
+        device: torch.device,
+        limits: Limits,
+        loaded: tuple | None = None,
+    ):
+        """`loaded` is what ckpt.load_model gives, if that was done before."""
+        self.model, self.vocab, self.opt = loaded or ckpt.load_model(path, vocab_path, device)
         self.model.eval()
         if self.opt.text_enc_type == "bert":
             room = self.opt.bert_config["max_position_embeddings"]
@@ -246,12 +208,11 @@ def add_schemas(app: FastAPI, schemas: dict) -> None:
     app.openapi = openapi
 
 
-def build_app(scorer: Scorer, name: str) -> FastAPI:
-    """The application; /health reports `name` as the checkpoint."""
-    batcher = RequestBatcher(scorer)
+def lifespan(batcher: RequestBatcher, search: SearchRoutes | None) -> Callable:
+    """What FastAPI runs the application in: the batcher works meanwhile."""
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI):
+    async def run_batcher(app: FastAPI):
         work = asyncio.create_task(batcher.work())
         yield
         work.cancel()
@@ -259,8 +220,27 @@ def build_app(scorer: Scorer, name: str) -> FastAPI:
             await work
         batcher.reader.shutdown()
         batcher.worker.shutdown()
+        if search is not None:
+            search.close()
 
-    app = FastAPI(title="Image-text matching scores", lifespan=lifespan)
+    return run_batcher
+
+
+def build_app(
+    scorer: Scorer,
+    name: str,
+    finder: serve_finder.Finder | None = None,
+    search_limits: SearchLimits | None = None,
+    hosts: tuple[str, ...] = (),
+) -> FastAPI:
+    """The application; /health reports `name` as the checkpoint.
+
+    `finder` holds what the search page searches, if there is one; `hosts` are the server's names.
+    """
+    batcher, search = RequestBatcher(scorer), None
+    if finder is not None:
+        search = SearchRoutes(finder, batcher, search_limits or SearchLimits(), hosts)
+    app = FastAPI(title="Image-text matching scores", lifespan=lifespan(batcher, search))
     schema = Body.model_json_schema(ref_template="#/components/schemas/{model}")
     records = schema.pop("$defs")
     described = {"content": {"application/json": {"schema": schema}}, "required": True}
@@ -296,6 +276,10 @@ def build_app(scorer: Scorer, name: str) -> FastAPI:
         }
 
     add_schemas(app, records)
+    if search is None:
+        add_start(app, name, scorer.opt.data_name)
+    else:
+        search.add(app)
     return app
 
 
@@ -316,7 +300,7 @@ def open_socket(host: str, port: int, backlog: int) -> socket.socket:
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Limits]:
     """The flags, and the limits that they set. Raises InputError on limits that do not fit."""
     parser = Parser(
-        description="Serve the scores of a checkpoint over HTTP.",
+        description="Serve the scores of a checkpoint over HTTP, and a page that searches data.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
@@ -342,6 +326,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Limits]:
         default=default.seconds,
         help="seconds to send a body, and again for the reply",
     )
+    serve_finder.add_flags(parser)
     opt = parser.parse_args(argv)
     given = opt.max_body_mb, opt.max_images, opt.max_waiting, opt.timeout
     if not all(0 < number < math.inf for number in given):
@@ -355,10 +340,24 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Limits]:
     return opt, limits._replace(held_bytes=max(limits.held_bytes, limits.body_bytes))
 
 
+def open_app(opt: argparse.Namespace, limits: Limits) -> tuple[FastAPI, Scorer]:
+    """The application that the flags describe; with --data_path it searches that data."""
+    device, loaded = pick_device(opt.device), None
+    finder = serve_finder.open_finder(opt, device)
+    if finder is not None:  # one model for both
+        searcher = finder.searcher
+        loaded = searcher.model, searcher.vocab, searcher.opt
+    scorer = Scorer(opt.checkpoint, opt.vocab_path, device, limits, loaded)
+    more = SearchLimits(
+        upload_bytes=int(opt.max_upload_mb * 2**20), waiting=limits.waiting, seconds=limits.seconds
+    )
+    hosts = tuple(name for name in (opt.host, opt.public_host, socket.gethostname()) if name)
+    return build_app(scorer, os.path.basename(opt.checkpoint), finder, more, hosts), scorer
+
+
 def main(argv: list[str] | None = None) -> None:
     opt, limits = parse(argv)
-    scorer = Scorer(opt.checkpoint, opt.vocab_path, pick_device(opt.device), limits)
-    app = build_app(scorer, os.path.basename(opt.checkpoint))
+    app, scorer = open_app(opt, limits)
     config = uvicorn.Config(
         app,
         host=opt.host,
