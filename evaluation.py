@@ -23,6 +23,7 @@ import checkpoint as ckpt
 import embeddings
 import exports
 import outputs
+import rerank
 import systems
 from caption_images import USUAL
 from embeddings import rank_embeddings
@@ -240,6 +241,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_embeddings(parser.add_argument_group("embeddings of other models, instead of a checkpoint"))
     add_outputs(parser.add_argument_group("files for other tools, and a page to read"))
+    rerank.add_options(parser.add_argument_group("a search in two stages"))
     return parser
 
 
@@ -287,6 +289,11 @@ def main(argv: list[str] | None = None) -> None:
     outputs.check(opt)
     device = torch.device("cpu") if opt.embeddings else pick_device(opt.device)
     with process_group(device):
+        if opt.rerank:
+            where = {name: getattr(opt, name) for name in OF_SPLIT} | {"device": device}
+            found = rerank.rerank(opt.checkpoint[0], opt.rerank, opt.first_stage, **where)
+            print_paper(opt, *found)
+            return
         ranking = rank_what_is_given(opt, device)
         if rank() > 0:
             return
@@ -302,6 +309,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     matrices = [path.endswith(".npy") for path in opt.checkpoint]
     given = {n for n, x in vars(opt).items() if x != parser.get_default(n)}
     given -= {"checkpoint", "embeddings"}
+    rerank.check(opt, given)
     if opt.embeddings and (matrices or given - OF_EMBEDDINGS):
         parser.error(
             "--embeddings takes no checkpoints beside it, and only --"

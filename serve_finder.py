@@ -8,6 +8,7 @@ Shapes: R regions, F numbers per region, W words, H x V pixels.
 import argparse
 import functools
 import io
+import ipaddress
 import math
 import os
 from collections.abc import Iterator
@@ -27,9 +28,12 @@ from util.cli import InputError
 from util.extract_regions import read_settings
 from util.region_backends import open_extractor
 from util.uploads import PictureLimits, PictureReader
-from util.visualize import pillow, read_photo
+from util.visualize import pillow, read_photo, recorded_photos
 
 LONGEST = 1000  # pixels of a photo's longer side
+MOST_PIXELS = 50_000_000  # of a photo that is shown
+MOST_EXACT = 20_000  # images or captions that one request may score exactly
+MOST_WEIGHTS = 4_000  # words times images of one request for attention
 
 
 class NoSuchImage(InputError):
@@ -89,6 +93,7 @@ class Finder:
             "photos": sum(path is not None for path in self.photos),
             "attention": not self.no_attention,
             "why_no_attention": self.no_attention,
+            "exact": max(s.n_images, s.n_captions) <= MOST_EXACT,
             "uploads": not self.no_uploads,
             "why_no_uploads": self.no_uploads,
             "examples": [s.captions[k] for k in range(0, s.n_captions, step)][:3],
@@ -110,6 +115,7 @@ class Finder:
     def find_images(self, asked: ImageSearch) -> dict:
         """The images that fit a sentence, best first."""
         s, ids = self.searcher, self.ids_of(asked.query)
+        check_exact(asked, s.n_images)
         found = s.images_for(asked.query, asked.topk, asked.shortlist, asked.stages)
         tokens = tokens_of(ids, asked.query, s.vocab)
         return {
@@ -152,6 +158,7 @@ class Finder:
         s = self.searcher
         if not s.n_captions:
             return {"results": [], "milliseconds": {}}
+        check_exact(asked, s.n_captions)
         found = s.captions_for(image, asked.topk, asked.shortlist, asked.stages)
         results = []
         for caption, scores in ranked(found):
@@ -161,7 +168,12 @@ class Finder:
 
     def look(self, asked: AttentionOf) -> dict:
         """The weights (W, R) that each word of a sentence gives the regions of some images."""
-        self.ids_of(asked.query)
+        words = len(self.ids_of(asked.query))
+        if words * len(asked.images) > MOST_WEIGHTS:
+            raise InputError(
+                f"{words} words and {len(asked.images)} images: expected at most "
+                f"{MOST_WEIGHTS // words} images for such a sentence"
+            )
         for image in asked.images:
             self.check_image(image)
         answers = []
@@ -190,11 +202,21 @@ class Finder:
         from PIL import Image
 
         path = self.photos[image]
-        pixels = read_photo(path, region_boxes(self.searcher.dataset, image)[1])
+        size = region_boxes(self.searcher.dataset, image)[1]
+        pixels = read_photo(path, size, MOST_PIXELS)
         picture, file = Image.fromarray(pixels), io.BytesIO()
         picture.thumbnail((LONGEST, LONGEST))
         picture.save(file, "JPEG", quality=88)
         return file.getvalue()
+
+
+def check_exact(asked: Ranking, count: int) -> None:
+    """Raise InputError if a request asks for the exact scores of too many."""
+    if asked.stages == "exact" and count > MOST_EXACT:
+        raise InputError(
+            f"stages: exact scores of all {count:,} would take too long here (at most "
+            f"{MOST_EXACT:,}); take two stages"
+        )
 
 
 def times(found: Found, stages: str) -> dict[str, float]:
@@ -284,4 +306,21 @@ def open_photos(opt: argparse.Namespace, searcher: Searcher) -> list[str | None]
     except InputError as error:
         print(f"notice: no photos are shown: {error}")
         return [None] * searcher.n_images
+    folder = recorded_photos(searcher.dataset.path.removesuffix("_ims.npy"))
+    if opt.images is None and folder is not None and not is_own_machine(opt.host):
+        print(
+            f"notice: no photos are shown: {folder} is only named in {searcher.split}_extractor."
+            f"json, and others can reach --host {opt.host}; to show it, give --images {folder}"
+        )
+        return [None] * searcher.n_images
+    if opt.images is None and folder is not None:
+        print(f"Photos: {folder}, as {searcher.split}_extractor.json says")
     return photos_of(opt, searcher)
+
+
+def is_own_machine(host: str) -> bool:
+    """Whether only programs of this machine can reach a host."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -95,6 +95,6 @@ def explain(error: ValidationError) -> str:
     """The first three faults of a body, each with its place."""
     said = []
     for fault in error.errors(include_url=False, include_input=False, include_context=False)[:3]:
-        place = ".".join(map(str, fault["loc"]))
+        place = ".".join(str(part)[:40] for part in fault["loc"])
         said.append(f"{place}: {fault['msg']}" if place else fault["msg"])
     return "; ".join(said)

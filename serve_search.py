@@ -20,8 +20,10 @@ import functools
 import hashlib
 import html
 import ipaddress
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -107,9 +109,15 @@ class SearchRoutes:
     ):
         self.finder, self.batcher, self.limits = finder, batcher, limits
         self.names = {"localhost", *(name.lower() for name in names)}
-        self.in_flight = 0
+        self.in_flight: Counter[str] = Counter()  # of each route: a slow one blocks no other
         self.photo_readers = ThreadPoolExecutor(2, "photos")
         self.upload_reader = ThreadPoolExecutor(1, "uploads")
+        self.turns: dict[ThreadPoolExecutor, asyncio.Semaphore] = {
+            self.photo_readers: asyncio.Semaphore(2),
+            self.upload_reader: asyncio.Semaphore(1),
+            batcher.worker: asyncio.Semaphore(1),
+        }
+        self.unread: set[str] = set()  # photos of which it was said that they cannot be read
 
     def close(self) -> None:
         self.finder.close()
@@ -141,13 +149,14 @@ class SearchRoutes:
         async def route(request: Request):
             try:
                 self.check_sender(request)
-                if self.in_flight >= self.limits.waiting:
-                    raise Refused(503, f"{self.in_flight} requests are waiting already; try again")
-                self.in_flight += 1
+                waiting = self.in_flight[handler.__name__]
+                if waiting >= self.limits.waiting:
+                    raise Refused(503, f"{waiting} requests are waiting already; try again")
+                self.in_flight[handler.__name__] += 1
                 try:
                     answer = await handler(request)
                 finally:
-                    self.in_flight -= 1
+                    self.in_flight[handler.__name__] -= 1
                 if not isinstance(answer, Response):
                     answer = JSONResponse(answer, 200, HEADERS)
                 return answer
@@ -175,17 +184,21 @@ class SearchRoutes:
         """Refuse what another site's page sends, also one that has taken this address for its name.
 
         A name that is no address must be one that this server was told; an `Origin`, which browsers
-        send, must be this server.
+        send, must be this server. An <img> of another page has none, but browsers say in
+        `Sec-Fetch-Site` where it stands.
         """
         host = request.headers.get("host", "").lower()
         name = host_name(host)
         if not (is_address(name) or name in self.names):
             raise Refused(403, f"not a name of this server: {name[:80]!r}; see --public_host")
         origin = request.headers.get("origin")
+        if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+            raise Refused(403, "a request from a page of another site")
         if origin is None:
             return
         of_page = origin.lower().partition("://")[2]
-        if of_page != host and host_name(of_page) not in self.names - {"localhost"}:
+        ours = {name for name in self.names - {"localhost"} if not is_address(name)}
+        if of_page != host and host_name(of_page) not in ours:
             raise Refused(403, f"a request from a page of another site: {origin[:80]!r}")
 
     async def read_body(self, request: Request, kind: str, limit: int) -> bytes:
@@ -210,23 +223,38 @@ class SearchRoutes:
     async def in_thread(self, pool: ThreadPoolExecutor, request: Request, work: Callable, *args):
         """What a function gives in a thread of a pool. Raises Refused if it takes too long.
 
-        If it is still in the queue when the time is over or the client is gone, it is not called.
+        If its turn has not come when the time is over or the client is gone, it is not called.
         """
-        loop = asyncio.get_running_loop()
-        job = asyncio.ensure_future(loop.run_in_executor(pool, work, *args))
+        job = asyncio.ensure_future(self.in_turn(pool, work, *args))
         gone = asyncio.ensure_future(self.batcher.disconnected(request))
         try:
             async with asyncio.timeout(self.limits.seconds):
                 await asyncio.wait((job, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not job.done():
+                raise ClientDisconnect
+            return job.result()
         except TimeoutError:
             raise Refused(504, f"no answer in {self.limits.seconds:g} s; try again") from None
         finally:
             gone.cancel()
-            if not job.done():
-                job.cancel()
-        if not job.done():
-            raise ClientDisconnect
-        return job.result()
+            job.cancel()
+
+    async def in_turn(self, pool: ThreadPoolExecutor, work: Callable, *args):
+        """What a function gives in a thread of a pool.
+
+        No more calls are given to the pool than it has threads: the pool would keep the arguments
+        of calls that nobody waits for any more, such as uploads.
+        """
+        loop, turn = asyncio.get_running_loop(), self.turns[pool]
+
+        def ended(_) -> None:
+            with suppress(RuntimeError):  # the server has stopped
+                loop.call_soon_threadsafe(turn.release)
+
+        await turn.acquire()
+        job = pool.submit(work, *args)
+        job.add_done_callback(ended)  # also if nobody waits for it any more
+        return await asyncio.wrap_future(job)
 
     async def with_model(self, request: Request, work: Callable, *args) -> dict:
         """What a function gives that uses the model: it waits for its turn."""
@@ -274,7 +302,9 @@ class SearchRoutes:
         try:
             data = await self.in_thread(self.photo_readers, request, self.finder.photo, int(text))
         except (InputError, OSError) as error:
-            print(f"warning: {error}", flush=True)  # not to the client: it names a folder here
+            if text not in self.unread:  # not to the client: it names a folder here
+                print(f"warning: {error}", flush=True)
+                self.unread.add(text)
             raise Refused(404, f"the photo of image {text} cannot be read") from None
         return Response(data, 200, HEADERS, "image/jpeg")
 

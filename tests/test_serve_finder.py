@@ -1,5 +1,6 @@
 """What serve.py's flags for the search open, and what is said of what is missing."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -139,3 +140,44 @@ def test_scores_that_are_not_finite_are_not_sent(tiny_positions, monkeypatch):
     monkeypatch.setattr(finder.searcher, "images_for", lambda *_: bad)
     with pytest.raises(InputError, match="not finite"):
         finder.find_images(ImageSearch(query="a dog"))
+
+
+def test_costly_requests_have_a_bound(tiny, monkeypatch):
+    finder = make_finder()
+    monkeypatch.setattr(serve_finder, "MOST_EXACT", 14)  # of 15 images and 75 captions
+    assert not finder._info()["exact"] and finder.info["exact"]
+    with serving(finder) as page:
+        reply = page.ask("/api/search", {"query": "a", "stages": "exact"})
+        assert reply.status == 422 and "exact scores of all 15 would take too long" in str(reply)
+        reply = page.ask("/api/captions?image=0&stages=exact")
+        assert reply.status == 422 and "exact scores of all 75" in reply.json["error"]
+        assert page.ask("/api/search", {"query": "a"}).status == 200
+        monkeypatch.setattr(serve_finder, "MOST_WEIGHTS", 20)
+        asked = {"query": "a dog", "images": [0, 1, 2, 3, 4]}  # 4 words with <start> and <end>
+        assert page.ask("/api/attention", asked).status == 200
+        asked["images"].append(5)
+        reply = page.ask("/api/attention", asked)
+        assert reply.status == 422 and "expected at most 5 images" in reply.json["error"]
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"), [("127.0.0.1", 3), ("localhost", 3), ("::1", 3), ("0.0.0.0", 0), ("box", 0)]
+)
+def test_a_folder_that_only_the_data_names_is_not_shown_to_others(tiny, host, shown, capsys):
+    """Data of a stranger could name a folder of private photos."""
+    folder = Path("private")
+    folder.mkdir()
+    for number in range(3):
+        Image.new("RGB", (9, 9)).save(folder / f"{number}.jpg")
+    stem = Path("data/tiny_precomp/test")
+    Path(f"{stem}_ids.txt").write_text("".join(f"{k}.jpg\n" for k in range(15)))
+    settings = {"backend": "efficientnet_lite", "weights": None, "weights_sha256": "0"}
+    Path(f"{stem}_extractor.json").write_text(json.dumps(settings | {"photos": "private"}))
+    searcher = make_finder(uploads=False).searcher
+    opt = argparse.Namespace(images=None, host=host)
+    photos = serve_finder.open_photos(opt, searcher)
+    assert sum(path is not None for path in photos) == shown
+    said = capsys.readouterr().out
+    assert ("Photos: private" if shown else "to show it, give --images private") in said
+    opt.images = "private"
+    assert sum(path is not None for path in serve_finder.open_photos(opt, searcher)) == 3

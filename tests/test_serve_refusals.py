@@ -1,10 +1,12 @@
 """What the search of serve.py refuses: bodies, pictures, other sites, too much at once."""
 
+import gc
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
 pytest.importorskip("fastapi", reason="pip install fastapi uvicorn")
@@ -58,6 +60,7 @@ BAD_BODIES = [
     (b'{"query": " \\n "}', 422, "empty sentence"),
     (b'{"query": "\\ud800"}', 422, ""),
     (b'{"query": "a", "paths": 1}', 422, "paths"),
+    (b'{"query": "a", "' + b"k" * 50_000 + b'": 1}', 422, "kkk"),
     (b'{"query": "a", "topk": 0}', 422, "topk"),
     (b'{"query": "a", "topk": "3"}', 422, "topk"),
     (b'{"query": "a", "topk": 1e9}', 422, "topk"),
@@ -99,6 +102,8 @@ def test_other_questions_that_do_not_fit(page):
         {"host": "evil.example", "origin": "http://evil.example"},
         {"host": "127.0.0.1.evil.example"},
         {"host": "[x"},
+        {"sec_fetch_site": "cross-site"},  # an image of another page has no origin
+        {"sec_fetch_site": "same-site"},
     ],
     ids=str,
 )
@@ -118,6 +123,8 @@ def test_other_sites_may_not_ask(page, headers):
 def test_the_servers_own_names_may_ask(page):
     for headers in (
         {"origin": page.address},
+        {"origin": page.address, "sec_fetch_site": "same-origin"},
+        {"sec_fetch_site": "none"},  # typed by the user
         {"host": "localhost:5091", "origin": "http://localhost:5091"},
         {"host": "[::1]:5091", "origin": "http://[::1]:5091"},
         {"host": "192.168.0.7:80"},
@@ -141,9 +148,10 @@ def test_too_much_at_once_is_refused_and_late_answers_are_named(finder, monkeypa
         with ThreadPoolExecutor(3) as pool:
             asking = [pool.submit(page.ask, "/api/search", {"query": "a"}) for _ in range(3)]
             started.acquire(timeout=20)
-            while page.ask("/api/info").status != 503:  # all three have come
-                time.sleep(0.02)
-            assert page.ask("/health").status == 200  # the event loop is free
+            while page.ask("/api/search", {}, content_type="x/y").status != 503:
+                time.sleep(0.02)  # until all three have come
+            for path in ("/health", "/api/info"):  # other routes are free
+                assert page.ask(path).status == 200
             replies = [one.result() for one in asking]
         assert {reply.status for reply in replies} <= {503, 504}
         assert 504 in {reply.status for reply in replies}
@@ -152,7 +160,7 @@ def test_too_much_at_once_is_refused_and_late_answers_are_named(finder, monkeypa
             assert reply.status == 504  # the one that was begun
 
 
-def test_a_search_is_not_begun_if_its_client_is_gone(finder, monkeypatch):
+def test_a_search_is_not_begun_if_its_client_is_gone(finder, monkeypatch, capfd):
     free, begun = threading.Event(), []
 
     def slowly(query, *more):
@@ -179,6 +187,42 @@ def test_a_search_is_not_begun_if_its_client_is_gone(finder, monkeypatch):
         assert first.result().status == 200
         assert page.ask("/api/search", {"query": "last"}).status == 200
     assert begun == ["first", "last"]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_pictures_of_clients_that_are_gone_are_not_kept(finder, monkeypatch, capfd):
+    """One is read; behind it no picture waits whose client has gone."""
+    free, begun = threading.Event(), []
+
+    def slowly(data):
+        begun.append(len(data))
+        free.wait(30)
+        return np.zeros((8, 8, 3), np.uint8)
+
+    monkeypatch.setattr(finder.pictures, "read", slowly)
+    with serving(finder) as page:
+        for number in range(12):
+            raw = b"x" * (1000 + number)
+            head = f"host: localhost\r\ncontent-type: image/png\r\ncontent-length: {len(raw)}"
+            with socket.create_connection(("127.0.0.1", page.port), timeout=30) as sock:
+                sock.sendall(f"POST /api/upload HTTP/1.1\r\n{head}\r\n\r\n".encode() + raw)
+                while not begun:
+                    time.sleep(0.02)
+                time.sleep(0.05)
+        end = time.monotonic() + 20
+        while (kept := kept_bodies()) != {1000} and time.monotonic() < end:
+            time.sleep(0.05)
+        assert kept == {1000}  # the one that is being read
+        free.set()
+        assert page.ask("/api/upload", raw=picture(), content_type="image/png").status == 200
+    assert begun[0] == 1000 and len(begun) == 2
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def kept_bodies() -> set[int]:
+    """The sizes of the bodies that stand among the arguments of calls."""
+    calls = (x for x in gc.get_objects() if type(x) is tuple)
+    return {len(y) for x in calls for y in x if type(y) is bytes and y[:1000] == b"x" * 1000}
 
 
 def test_host_names_are_read_as_browsers_read_them():

@@ -264,7 +264,8 @@ def test_without_data_the_page_says_how_to_start(tiny_positions):
     with serving(None, path=path) as page:
         reply = page.ask("/")
         text = reply.body.decode()
-        assert "python serve.py FOLDER/&lt;b&gt;&amp;model.pth.tar" in text and "<b>&model" not in text
+        assert "python serve.py FOLDER/&lt;b&gt;&amp;model.pth.tar" in text
+        assert "<b>&model" not in text
         said = html.unescape(re.sub(r"<[^>]+>", "", text))
         assert "--data_path data --data_name tiny_precomp" in said
         assert "script-src" in reply.headers["content-security-policy"]

@@ -24,7 +24,7 @@ from util.drawn_text import letters_without_font, quiet_fonts  # noqa: E402
 from util.extract_regions import read_settings  # noqa: E402
 from util.image_ids import id_key, shown, written_key  # noqa: E402
 from util.photos import find_photos  # noqa: E402
-from util.pictures import open_picture, pillow  # noqa: E402
+from util.pictures import MAX_PIXELS, open_picture, pillow  # noqa: E402
 
 
 def find_image(text: str, ids: list[str] | None, n_images: int, source: str) -> int:
@@ -50,15 +50,17 @@ def find_image(text: str, ids: list[str] | None, n_images: int, source: str) -> 
     )
 
 
-def read_photo(path: str, size: tuple[float, float] | None) -> np.ndarray:
+def read_photo(
+    path: str, size: tuple[float, float] | None, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
     """The pixels (H, V, 3), uint8, of a photo, turned as the boxes of an image of `size` need it.
 
     Cameras write how a photo is turned; some extractors obey that, others do not.
     """
-    turned = open_picture(path)
+    turned = open_picture(path, max_pixels)
     if size is None:
         return np.asarray(turned)
-    plain = open_picture(path, turn=False)
+    plain = open_picture(path, max_pixels, turn=False)
 
     def off(picture) -> float:
         """How far the shape is from that of the boxes' image; 1: the same."""
@@ -131,7 +133,7 @@ def choose_pair(opt: argparse.Namespace, dataset) -> tuple[int, int | None]:
     return image, opt.caption
 
 
-def photos_of(stem: str) -> str | None:
+def recorded_photos(stem: str) -> str | None:
     """The folder of photos that extract_regions.py made a split of, if it is still there."""
     folder = (read_settings(stem) or {}).get("photos")
     return folder if folder and os.path.isdir(folder) else None
@@ -142,7 +144,7 @@ def read_scene(opt: argparse.Namespace, folder: str, dataset, image: int) -> dic
     from explain import region_boxes
 
     boxes, size = region_boxes(dataset, image)
-    images = opt.images or photos_of(os.path.join(folder, opt.split))
+    images = opt.images or recorded_photos(os.path.join(folder, opt.split))
     found = find_photos(images, folder, opt.split, dataset.ids, dataset.n_images)[image]
     pixels = None if found is None else read_photo(found, size)
     if boxes is None:

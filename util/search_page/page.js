@@ -376,6 +376,9 @@ function describe() {
       "image; a click keeps it. Point at an image to see what the whole sentence attends to."
     : `No regions can be shown for words: ${info.why_no_attention}.`;
   $("words-heading").hidden = $("words").hidden = !info.attention;
+  const exact = document.querySelector('input[name="stages"][value="exact"]');
+  exact.disabled = !info.exact;
+  if (!info.exact) exact.parentElement.querySelector("small").textContent = "too many images here";
   $("drop").hidden = !info.uploads;
   $("no-upload").hidden = info.uploads;
   $("no-upload").textContent = `Off, because ${info.why_no_uploads}.`;
