@@ -71,8 +71,8 @@ class Reader(NamedTuple):
             return systems.of(self.opt).request_caption(words, None, self.opt)
         except InputError as error:
             raise InputError(
-                f"{self.path}: this model needs more of a sentence than its words, so it cannot "
-                f"search with one ({error}); take another checkpoint"
+                "this model needs more of a sentence than its words, so it cannot search with one "
+                f"({error}); take another checkpoint"
             ) from None
 
     def image(self, image: int | ServedImage) -> dict[str, Tensor]:

@@ -323,7 +323,7 @@ def test_folders_with_odd_names(tiny, capsys):
 
 
 def test_published_positions_need_no_boxes(tiny_positions):
-    """With boxes, all four systems are compared by default."""
+    """With boxes, all systems are compared by default."""
     compare.main([*ARGS, "--num_epochs", "1", "--out", "four", *TINY.split()])
     assert [row["system"] for row in read_table("four/table.csv")] == list(compare.SYSTEMS)
     for path in (tiny_positions / "data/tiny_precomp").glob("*_bbx.npy"):

@@ -11,7 +11,7 @@ import systems
 ROOT = Path(__file__).resolve().parent.parent
 FILES = [
     *ROOT.glob("*.py"),
-    *(x for d in ("util", "scripts", "tests") for x in ROOT.glob(f"{d}/*.py")),
+    *(x for d in ("util/**", "scripts", "tests") for x in ROOT.glob(f"{d}/*.py")),
 ]
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 PAPERS = {"gsmn", "gsmn_graphs", "gsmn_data", "pfan", "pfan_data", "chan", "vse"}
