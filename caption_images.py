@@ -65,10 +65,13 @@ class CaptionImages(NamedTuple):
         return CaptionImages(self.rows[used], image_of, ids)
 
 
-def caption_images(stem: str, images: np.ndarray, text: str, n_captions: int) -> CaptionImages:
+def caption_images(
+    stem: str, images: np.ndarray, text: str, n_captions: int, every_image: bool = False
+) -> CaptionImages:
     """The images of the captions of a split; `stem` is its path without `_ims.npy`.
 
-    images (rows, R, F) are its features, `text` is its caption file. Raises InputError with the
+    images (rows, R, F) are its features, `text` is its caption file. With `every_image` images
+    without a caption are among them. Raises InputError with the
     first row that does not fit if nothing says which image a caption is of.
     """
     rows, path = len(images), f"{stem}_ids.txt"
@@ -85,6 +88,10 @@ def caption_images(stem: str, images: np.ndarray, text: str, n_captions: int) ->
     else:
         check_order(stem, rows, text, n_captions)
         row_of = np.arange(n_captions) // (n_captions // rows)
+    copies = n_captions == rows and (row_of == first_of_each(row_of.tolist())).all()
+    if every_image and not copies:
+        pairs = CaptionImages(torch.arange(rows), torch.from_numpy(row_of), None)
+        return pairs.with_ids(stem, rows)
     used, image_of = np.unique(row_of, return_inverse=True)
     if n_captions != rows and len(used) < rows:
         print(

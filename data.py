@@ -109,9 +109,10 @@ class PrecompDataset(Dataset):
 
     Attributes: `n_images` distinct images, `n_captions`, `image_of` (n_captions,) the image of each
     caption, `rows` (n_images,) where an image is stored, `ids` or None, `text_path`, the file of
-    the sentences, or None. With `images_only` the caption file may be missing: then each row is an
-    image, and `n_captions` is 0. The training loop sets `drop`, which changes each item, and the
-    `epoch`. Raises InputError or FileNotFoundError naming file and row if the files do not fit.
+    the sentences, or None. With `images_only` images without a caption count too, and the caption
+    file may be missing: then `n_captions` is 0. The training loop sets `drop`, which changes each
+    item, and the `epoch`. Raises InputError or FileNotFoundError naming file and row if the files
+    do not fit.
     """
 
     drop: Drop | None = None
@@ -140,14 +141,16 @@ class PrecompDataset(Dataset):
         if img_dim not in (None, found):
             raise InputError(
                 f"{self.path}: regions have {found} numbers, the model expects {img_dim}; "
-                f"give --img_dim {found}, or the features that the checkpoint was trained on"
+                f"give --img_dim {found} in training, or features like those that the checkpoint "
+                "was trained on (docs/own_images.md)"
             )
         # Options of the model that the files decide.
         self.options_of_data: dict = {"img_dim": found}
         self.num_boxes = None if keep_empty_regions else read_counts(stem, rows, regions)
         self._say_what_is_filling()
         self.file_captions = len(captions)  # before dev is cut
-        pairs = self._caption_images(stem, data_split, text, None if bare else len(captions))
+        n_captions = None if bare else len(captions)
+        pairs = self._caption_images(stem, data_split, text, n_captions, images_only)
         if data_split == "dev":
             pairs = pairs.first(DEV_CAPTIONS)  # Q2
             captions = captions[: len(pairs.image_of)]
@@ -169,9 +172,9 @@ class PrecompDataset(Dataset):
         self._warn_of_unknown_words()
 
     def _caption_images(
-        self, stem: str, data_split: str, text: str, n_captions: int | None
+        self, stem: str, data_split: str, text: str, n_captions: int | None, every_image: bool
     ) -> CaptionImages:
-        """The images of the captions; of `n_captions` None, without captions, all rows."""
+        """The images of the captions, or `every_image`; of `n_captions` None all rows."""
         rows, self.candidates = len(self.images), 1
         if n_captions is None:
             none = torch.zeros(0, dtype=torch.long)
@@ -179,7 +182,7 @@ class PrecompDataset(Dataset):
         if not os.path.isfile(f"{stem}_caption_image.txt"):
             self.candidates = self._candidates(data_split, rows, n_captions)
         if self.candidates == 1:
-            return caption_images(stem, self.images, text, n_captions)
+            return caption_images(stem, self.images, text, n_captions, every_image)
         print(
             f"notice: {text}: {n_captions} captions for {rows} images, so {self.candidates} "
             "candidate images per caption"

@@ -22,7 +22,7 @@ import systems
 from metrics import METRICS
 from ranking import Ranking
 from util.cli import InputError, progress, replacing
-from util.fingerprint import fingerprint_of
+from util.fingerprint import file_hash, fingerprint_of
 from util.git import commit_of
 
 CONFIDENCE = 0.95
@@ -145,11 +145,6 @@ def describe_features(path: str, features: np.ndarray) -> dict:
         "sampled_rows": rows,
         "sampled_rows_sha256": digest.hexdigest(),
     }
-
-
-def file_hash(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def versions() -> dict:

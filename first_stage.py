@@ -9,6 +9,7 @@ figures.
 Shapes: I images, C captions, N vectors, Q queries, R regions, W words, D joint dimension.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -26,11 +27,12 @@ from pairs import Encoding
 from util.arrays import open_array
 from util.cli import InputError, progress, replacing
 from util.devices import to_device
+from util.fingerprint import file_hash
 from util.norms import l2norm
+from util.npy_writer import NpyWriter
 
 BLOCK = 256  # images or captions that are encoded at once
-LARGE = 100_000  # vectors from which the index is approximate
-FORMAT = 1  # of the kept files
+LARGE, FORMAT = 100_000, 2  # vectors from which the index is approximate; that of the kept files
 SAMPLE = 16  # rows of features that a fingerprint reads
 # The files of a split that say what an image is; `caption_item` needs none.
 IMAGE_FILES = "ims", "num_boxes", "boxes", "ims_bbx", "ims_size", "who_ims"
@@ -42,11 +44,11 @@ IMAGE_FILES = "ims", "num_boxes", "boxes", "ims_bbx", "ims_size", "who_ims"
 def pooled_images(encoding: Encoding) -> Tensor:
     """The vectors (I, D) of encoded images, of unit length.
 
-    They are the mean of 'regions' (I, R, D) over 'region_mask' (I, R), or 'image' (I, D), if the
-    encoding has no regions.
+    They are the mean of 'regions' (I, R, D) over 'region_mask' (I, R); or, if the encoding has no
+    regions, 'image' (I, D) as it is, since its dot products are the model's scores.
     """
     if "regions" not in encoding:
-        return l2norm(own_vector(encoding, "image"), dim=-1)  # (I, D)
+        return own_vector(encoding, "image")  # (I, D)
     regions, mask = encoding["regions"].float(), encoding.get("region_mask")  # (I, R, D), (I, R)
     if mask is not None:
         regions = regions.masked_fill(~mask[..., None], 0)  # (I, R, D)
@@ -57,11 +59,11 @@ def pooled_images(encoding: Encoding) -> Tensor:
 def pooled_captions(encoding: Encoding) -> Tensor:
     """The vectors (C, D) of encoded captions, of unit length.
 
-    They are the mean of 'words' (C, W, D) over 'lengths' (C,), or 'sentence' (C, D), if the
-    encoding has no words.
+    They are the mean of 'words' (C, W, D) over 'lengths' (C,); or, if the encoding has no words,
+    'sentence' (C, D) as it is.
     """
     if "words" not in encoding:
-        return l2norm(own_vector(encoding, "sentence"), dim=-1)  # (C, D)
+        return own_vector(encoding, "sentence")  # (C, D)
     words, lengths = encoding["words"].float(), encoding["lengths"]  # (C, W, D), (C,)
     there = torch.arange(words.size(1)) < lengths.cpu()[:, None]  # (C, W)
     words = words.masked_fill(~there.to(words.device)[..., None], 0)  # (C, W, D)
@@ -190,8 +192,8 @@ def writable(places: Sequence[str]) -> str:
 def kept_vectors(places: Sequence[str], kept: Kept) -> tuple[np.ndarray, str]:
     """The vectors (N, D), memory-mapped, and the path of their files without ending.
 
-    They are read from one of the folders `places`, if they are there, whole and of the same data;
-    else they are computed and written.
+    They are read from one of the folders `places`, if they are whole and of the same data; else
+    they are computed and written.
     """
     faults = []
     for place in places:
@@ -235,26 +237,35 @@ def read_record(path: str) -> dict | None:
 
 
 def write_vectors(stem: str, kept: Kept) -> None:
-    """Compute vectors and write them block by block: first the vectors, then what they are of."""
+    """Compute and write vectors, and then what they are of."""
     own = f".{os.getpid()}.part"  # another search may write them at the same time
-    array, row = None, 0
-    with replacing(f"{stem}.npy", own) as part:
-        steps = math.ceil(kept.count / BLOCK)
-        for block in progress(kept.blocks(), f"vectors of {kept.what}", steps):
-            wrong = ~np.isfinite(block).all(1)
-            if wrong.any():
-                raise InputError(
-                    f"the vector of {kept.what[:-1]} {row + int(wrong.argmax())} (from 0) holds "
-                    "NaN or Inf; are the weights of the checkpoint finite?"
-                )
-            if array is None:
-                shape = kept.count, block.shape[1]
-                array = np.lib.format.open_memmap(part, "w+", np.float32, shape)
-            array[row : row + len(block)] = block
-            row += len(block)
-        array.flush()
-        del array
-    write_record(f"{stem}.json", {"about": kept.about, "vectors": as_written(f"{stem}.npy")})
+    try:
+        with replacing(f"{stem}.npy", own) as part, contextlib.ExitStack() as opened:
+            write_blocks(part, kept, opened)
+        write_record(f"{stem}.json", {"about": kept.about, "vectors": as_written(f"{stem}.npy")})
+    except OSError as error:
+        raise InputError(
+            f"{stem}.npy: the vectors could not be written ({error.strerror or error}); give "
+            "another folder with --cache FOLDER"
+        ) from None
+
+
+def write_blocks(path: str, kept: Kept, opened: contextlib.ExitStack) -> None:
+    """Compute vectors and write them to a file, without a mapping, which dies of a full disk."""
+    writer, row, steps = None, 0, math.ceil(kept.count / BLOCK)
+    for block in progress(kept.blocks(), f"vectors of {kept.what}", steps):
+        wrong = ~np.isfinite(block).all(1)
+        if wrong.any():
+            raise InputError(
+                f"the vector of {kept.what[:-1]} {row + int(wrong.argmax())} (from 0) holds "
+                "NaN or Inf; are the weights of the checkpoint finite?"
+            )
+        if writer is None:
+            writer = NpyWriter(path, block.shape[1:], np.float32)
+            opened.callback(writer.close)
+        for vector in block:
+            writer.write(vector)
+        row += len(block)
 
 
 def write_record(path: str, record: dict) -> None:
@@ -280,11 +291,6 @@ def is_as_written(path: str, said) -> bool:
     state = os.stat(path)
     same = (said.get("bytes"), said.get("time")) == (state.st_size, state.st_mtime_ns)
     return same or said.get("sha256") == file_hash(path)
-
-
-def file_hash(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # The index

@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the record alone
             record = search(opt)
-    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+    text = json.dumps(record, indent=2, allow_nan=False) + "\n" if opt.json else ""
     if opt.json == "-":
         sys.stdout.write(text)
     elif opt.json:

@@ -32,6 +32,7 @@ from pairs import Encoding
 from system import ServedImage
 from util.cli import InputError
 from util.devices import pick_device, to_device
+from util.fingerprint import file_hash
 from vocab import Vocabulary, read_captions
 
 STAGES = "two", "first", "exact"
@@ -204,7 +205,7 @@ class Searcher:
         return self._index("captions", stage.caption_words(data), self.n_captions, compute)
 
     def _index(self, what: str, about: dict, count: int, compute: Callable) -> stage.VectorIndex:
-        weights = stage.file_hash(self.first.path)
+        weights = file_hash(self.first.path)
         about = {"format": stage.FORMAT, "checkpoint_sha256": weights, what: about}
         kept = stage.Kept(f"{weights[:16]}_{what}", what, about, count, compute)
         return stage.VectorIndex(*stage.kept_vectors(self._places, kept))
@@ -269,6 +270,10 @@ class Searcher:
         if stages != "first":
             score = self.exact.caption_scores if by_image else self.exact.image_scores
             scores = score(encodings["exact"], places.tolist())
+        if not np.isfinite(scores).all():
+            raise InputError(
+                f"{self.exact.path}: a score is NaN or Inf; are the weights and features finite?"
+            )
         order = np.lexsort((places, -scores))[:topk]
         clock.append(time.perf_counter())
         times = (1000 * (b - a) for a, b in zip(clock, clock[1:], strict=False))

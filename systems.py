@@ -41,8 +41,8 @@ def open_split(
     """A split as the system of the options reads it.
 
     `published`, the arguments of System.published_dataset, asks for the split as the published
-    evaluation reads it. With `images_only` the split may lack captions, as one that is only
-    searched.
+    evaluation reads it. With `images_only` the split may lack captions, of some images or of all,
+    as one that is only searched.
     """
     system = of(opt)
     opt = argparse.Namespace(**vars(opt) | {"images_only": images_only})

@@ -113,3 +113,32 @@ def test_a_sentence_of_ones_own_on_such_a_picture(untrained, tmp_path, capsys):
     assert "Image 3: a red dog" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="test_caps.txt: no such caption file"):
         visualize(["model.pth.tar", "--image", "3", "--out", str(tmp_path / "seen")])
+
+
+def write_table(split: str, lines: list[int]) -> None:
+    """Captions of some images only: a line per caption, the row of its image."""
+    with open(f"{FOLDER}/{split}_caps.txt", "w") as file:
+        file.writelines(f"a red dog {k}\n" for k in range(len(lines)))
+    with open(f"{FOLDER}/{split}_caption_image.txt", "w") as file:
+        file.writelines(f"{row}\n" for row in lines)
+
+
+@pytest.mark.parametrize("lines", [[3, 3, 9, 1], [9, 1, *range(13)], list(range(14, -1, -1))])
+def test_images_without_a_caption_are_searched_too(tiny, lines, capsys):
+    """Their numbers are those of the rows, as without captions."""
+    write_table("test", lines)
+    data = open_images(ALL[0][0], images_only=True)
+    assert data.rows.tolist() == list(range(15)) and data.image_of.tolist() == lines
+    assert "left out" not in capsys.readouterr().out
+    ranked = open_images(ALL[0][0])
+    assert ranked.rows.tolist() == sorted(set(lines))
+    assert ranked.rows[ranked.image_of].tolist() == lines
+
+
+def test_copies_of_an_image_stay_one_image(tiny):
+    """COCO's test holds a row per caption."""
+    rows = np.load(f"{FOLDER}/test_ims.npy")
+    np.save(f"{FOLDER}/test_ims.npy", np.repeat(rows, 5, 0))
+    data = open_images(ALL[0][0], images_only=True)
+    assert data.n_images == 15 and data.n_captions == 75
+    assert data.rows.tolist() == list(range(0, 75, 5))

@@ -371,3 +371,30 @@ def test_the_command_extracts_a_picture_as_the_split_was(tiny, capsys, monkeypat
     Path(f"{FOLDER}/test_extractor.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match="the boxes of this split came from another program"):
         search.main([*ARGS, "--image", "own.png"])
+
+
+@pytest.mark.parametrize("flags", [{}, {"model": "vse"}], ids=["scan", "vse"])
+@pytest.mark.parametrize("more", [[], ["--json", "-"]], ids=["printed", "json"])
+def test_weights_that_are_no_numbers_are_said_in_every_stage(tiny, flags, more):
+    path = write_model(**flags)
+    state = torch.load(path, weights_only=False)
+    state["model"][0]["fc.weight"][:] = torch.nan
+    torch.save(state, path)
+    for stages in ("two", "first", "exact"):
+        with pytest.raises(InputError, match="NaN or Inf; are the weights"):
+            search.main([path, "a dog", "--stages", stages, *more])
+
+
+@pytest.mark.parametrize("flags", [{"no_imgnorm": True}, {"no_txtnorm": True, "pool": "max"}])
+def test_vectors_of_a_vse_model_are_its_score(tiny, flags):
+    """Also where they are not of unit length."""
+    images = np.load(f"{FOLDER}/test_ims.npy")
+    np.save(f"{FOLDER}/test_ims.npy", images * np.linspace(0.3, 3, len(images))[:, None, None])
+    opened = searcher(write_model(model="vse", **flags))
+    first = opened.images_for("a red dog", 15, stages="first")
+    exact = opened.images_for("a red dog", 15, stages="exact")
+    assert first.places == exact.places
+    np.testing.assert_allclose(first.scores, exact.scores, rtol=1e-4, atol=1e-5)
+    for image in (0, 14):
+        found = [opened.captions_for(image, 75, stages=x).scores for x in ("first", "exact")]
+        np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-5)

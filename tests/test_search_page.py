@@ -128,6 +128,16 @@ def test_an_image_shows_what_the_sentence_attends_to(page, browser):
     browser.until(lambda: browser.lit()[2])
 
 
+def test_the_first_click_of_a_mouse_opens_the_captions(page, browser):
+    """Pointing at an image draws over it, and so does the press, which focuses it."""
+    browser.search("A red dog runs .")
+    card = browser.all(".card")[1]
+    mouse = ActionChains(browser.driver).move_to_element(card).pause(0.6)
+    mouse.click_and_hold().pause(0.3).release().perform()
+    browser.until(lambda: len(browser.all("#captions-list li")) == 12)
+    browser.driver.find_element(By.CSS_SELECTOR, "body").send_keys(Keys.ESCAPE)
+
+
 def test_an_image_opens_its_captions_and_escape_goes_back(page, browser):
     browser.search("A red dog runs .")
     card = browser.all(".card")[1]

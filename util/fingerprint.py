@@ -59,3 +59,9 @@ def other_captions(
         of += f" of {{split}}_{theirs['name']}.txt"
         here += f" in {{split}}_{name}.txt" if ours else ""
     return f"it was built from other captions, {of}, and {here}"
+
+
+def file_hash(path: str) -> str:
+    """The SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -136,6 +136,8 @@ def choose_pair(opt: argparse.Namespace, dataset) -> tuple[int, int | None]:
 def recorded_photos(stem: str) -> str | None:
     """The folder of photos that extract_regions.py made a split of, if it is still there."""
     folder = (read_settings(stem) or {}).get("photos")
+    if folder and not os.path.isdir(folder):
+        print(f"notice: {folder}: no such folder of photos any more; --images names another")
     return folder if folder and os.path.isdir(folder) else None
 
 
@@ -171,6 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     # Here, not above: tools of util/ stand below the models, and only this one needs them.
     import checkpoint as ckpt
     import systems
+    from data import check_files
     from explain import explain_pair
 
     opt = build_parser().parse_args(argv)
@@ -183,9 +186,9 @@ def main(argv: list[str] | None = None) -> None:
     folder = system.find_data(
         opt.data_path or options.data_path, opt.data_name or options.data_name
     )
-    dataset = systems.open_split(
-        folder, opt.split, vocab, options, images_only=opt.text is not None
-    )
+    dataset = systems.open_split(folder, opt.split, vocab, options, images_only=True)
+    if opt.text is None and not dataset.n_captions:
+        check_files(folder, os.path.join(folder, f"{opt.split}_caps.txt"))
     image, caption = choose_pair(opt, dataset)
     found = explain_pair(model, dataset, caption, vocab, image, opt.text)
     scene = read_scene(opt, folder, dataset, image)

@@ -239,7 +239,7 @@ function showImages(mine, answer, stages) {
   mine.cards = answer.results.map(card);
   $("results").replaceChildren(...mine.cards.map((one) => make("li", {}, one.button)));
   $("found").hidden = false;
-  if ($("results").getBoundingClientRect().top > innerHeight) $("status").scrollIntoView();
+  if ($("results").getBoundingClientRect().top > innerHeight / 2) $("status").scrollIntoView();
   say(`${count(answer.results.length, "image")} found in ${time.toFixed(0)} ms. ${answer.notes.join(" ")}`);
 }
 
