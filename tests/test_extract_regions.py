@@ -52,7 +52,9 @@ def test_broken_pictures_are_named_and_all_files_stay_aligned(photos, capsys, ba
     Path("caps.txt").write_text("".join(f"{x}\tof {x} {k}\n" for k in range(5) for x in names))
     extract("--captions", "caps.txt", batch=batch)
     said = capsys.readouterr().out
-    assert f"{len(broken)} of 7 pictures were skipped: " in said
+    assert f"skipped {len(broken)} of 7 pictures: " in said
+    assert f"notice: {5 * len(broken)} captions are of pictures that were skipped" in said
+    assert "7 pictures read in" in said
     assert all(f"'{name}'" in said for name in broken)
     left = [name for name in names if name not in broken]
     check_rows(left, photos)
@@ -197,7 +199,7 @@ def test_other_settings_are_refused_or_begin_afresh(photos, monkeypatch, change)
         more, said = ["--grid", "4"], "an extraction with grid 3, not 4 was begun"
     elif change == "pictures":
         draw(photos / "new.jpg")
-        said = "an extraction with other pictures was begun"
+        said = r"an extraction with other pictures \(7 before, now 8\) was begun"
     else:
         (OUT / "test_extract.part" / "state.json").write_text("{half")
     with pytest.raises(InputError, match=said):
@@ -214,7 +216,7 @@ def test_files_that_are_there(photos, capsys, monkeypatch):
     extract()
     assert "is there already, of just these pictures" in capsys.readouterr().out
     assert times == {path: path.stat().st_mtime_ns for path in OUT.iterdir()}
-    with pytest.raises(InputError, match="is there already, of other pictures or settings"):
+    with pytest.raises(InputError, match=r"is there already, of .* settings \(grid 3, not 4\)"):
         extract("--grid", "4")
     assert files() == before
     with monkeypatch.context() as patch:
@@ -223,8 +225,49 @@ def test_files_that_are_there(photos, capsys, monkeypatch):
     extract("--grid", "4", "--overwrite")
     assert arrays()["ims"].shape == (7, 16, DIM)
     (OUT / "test_extractor.json").unlink()  # files of another program
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match=r"is there already, .*\(no .*test_extractor.json\)"):
         extract("--grid", "4")
+
+
+def test_an_empty_folder_of_work_does_not_hide_files_that_are_whole(photos, capsys):
+    extract()
+    before = files()
+    (OUT / "test_extract.part").mkdir()
+    extract()
+    assert "is there already, of just these pictures" in capsys.readouterr().out
+    assert files() == before and not list(OUT.glob("*.part"))
+
+
+@pytest.mark.parametrize("change", ["fewer", "more", "first", "middle", "last", "short"])
+def test_other_pictures_are_seen(photos, change):
+    """Also those of the same names and lengths."""
+    draw(photos / "long.bmp", (200, 100))
+    extract()
+    path, said = photos / ("f.bmp" if change == "short" else "long.bmp"), r"\(other pictures\)"
+    if change == "fewer":
+        path.unlink()
+        said = r"\(other pictures \(8 before, now 7\)\)"
+    elif change == "more":
+        draw(photos / "new.bmp")
+        said = r"\(other pictures \(8 before, now 9\)\)"
+    else:
+        data = bytearray(path.read_bytes())
+        at = {"first": 100, "middle": len(data) // 2, "last": -1, "short": len(data) // 4}[change]
+        data[at] ^= 255
+        path.write_bytes(data)
+    with pytest.raises(InputError, match=f"is there already, of .* settings {said}"):
+        extract()
+    extract("--overwrite")
+    check_rows(sorted(x.name for x in photos.iterdir()), photos)
+
+
+def test_overwrite_replaces_damaged_settings(photos):
+    extract()
+    (OUT / "test_extractor.json").write_text("{half")
+    with pytest.raises(InputError, match="expected a JSON object"):
+        extract()
+    extract("--overwrite")
+    check_rows(sorted(x.name for x in photos.iterdir()), photos)
 
 
 def test_splits_that_are_extracted_otherwise_are_warned_of(photos, capsys):
@@ -238,11 +281,11 @@ def test_splits_that_are_extracted_otherwise_are_warned_of(photos, capsys):
 
 def test_the_attention_picture_finds_the_photos(photos):
     stem = str(OUT / "test")
-    assert visualize.photos_of(stem) is None
+    assert visualize.recorded_photos(stem) is None
     extract()
-    assert visualize.photos_of(stem) == str(photos)
+    assert visualize.recorded_photos(stem) == str(photos)
     photos.rename("elsewhere")
-    assert visualize.photos_of(stem) is None
+    assert visualize.recorded_photos(stem) is None
 
 
 def test_the_bytes_do_not_depend_on_the_day(photos):

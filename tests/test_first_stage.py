@@ -380,11 +380,11 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tiny, monkeypatch):
                 raise OSError(errno.ENOSPC, "No space left on device")
             super().write(row, place)
 
-    monkeypatch.setattr(stage, "NpyWriter", Full)
     blocks = lambda: iter([np.ones((5, 4), np.float32)])  # noqa: E731
     kept = stage.Kept("v", "images", {}, 5, blocks)
-    with pytest.raises(InputError, match="v.npy: .* could not be written .No space left on device"):
+    said = "v.npy: .* could not be written .No space left on device"
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=said):
+        patch.setattr(stage, "NpyWriter", Full)
         stage.kept_vectors(["vectors"], kept)
     assert os.listdir("vectors") == []
-    monkeypatch.undo()
     assert np.array_equal(stage.kept_vectors(["vectors"], kept)[0], np.ones((5, 4)))

@@ -10,6 +10,7 @@ pytest.importorskip("PIL", reason="pillow")
 from data import PrecompDataset
 from tests.tiny_backend import OUT, check_rows, draw, extract, files, ids, photo_folder  # noqa: F401
 from util.cli import InputError
+from util.photo_folder import list_photos
 from vocab import build_vocab
 
 
@@ -53,8 +54,10 @@ def test_what_is_no_picture_is_not_read(photos, capsys):
     (photos / "._b.jpg").write_bytes(b"of a Mac")
     extract()
     said = capsys.readouterr().out
-    assert "1 folders in it are not read" in said and "2 files are not read, such as 'notes" in said
+    assert "1 folder is not read" in said and "2 files are not read, such as 'notes" in said
     assert len(ids()) == 7
+    with pytest.raises(InputError, match="b.jpg: is a file; give the folder it is in"):
+        list_photos(str(photos / "b.jpg"))
 
 
 @pytest.mark.parametrize("name", ["a\nb.jpg", "a\tb.jpg", " a.jpg", os.fsdecode(b"\xff.jpg")])
@@ -71,15 +74,15 @@ def test_captions_of_a_table(photos, capsys):
     Path("caps.txt").write_text("".join(f"{line}\n" for line in lines))
     extract("--captions", "caps.txt", split="train")
     said = capsys.readouterr().out
-    assert "1 lines are of other photos, such as 'zzz.jpg'" in said
-    assert "4 of 7 photos have no caption" in said
+    assert "1 line is of other photos, such as 'zzz.jpg'" in said
+    assert "no caption of 4 of 7 photos" in said
     captions = (OUT / "train_caps.txt").read_text().splitlines()
     rows = [int(x) for x in (OUT / "train_caption_image.txt").read_text().split()]
     names = [ids("train")[row] for row in rows]
     assert list(zip(names, captions, strict=True)) == [
         ("b.jpg", "A dog ."),
         ("b.jpg", "two dogs"),
-        ("c.png", "A cat\twith tabs"),
+        ("c.png", "A cat with tabs"),
         ("é.jpeg", "ohne Endung"),
         ("é.jpeg", "full"),
     ]
@@ -87,6 +90,18 @@ def test_captions_of_a_table(photos, capsys):
     dataset = PrecompDataset(str(OUT), "train", build_vocab("data", OUT.name, 1))
     assert dataset.n_captions == 5 and dataset.n_images == 3
     assert [dataset.ids[k] for k in dataset.image_of.tolist()] == names
+
+
+@pytest.mark.parametrize("empty", ["c.png\t", "c.png\t \t ", "c.png#0\t", "zzz.jpg\t"])
+def test_empty_captions_are_left_out(photos, capsys, empty):
+    Path("caps.txt").write_text(f"b.jpg\tA dog\n{empty}\nb.jpg\ttwo\tdogs\n")
+    extract("--captions", "caps.txt")
+    said = capsys.readouterr().out
+    assert "caps.txt: 1 line is without a caption, the first line 2, and left out" in said
+    assert (OUT / "test_caps.txt").read_text() == "A dog\ntwo dogs\n"
+    Path("caps.txt").write_text(f"zzz.jpg\tother\n{empty}\n")
+    with pytest.raises(InputError, match="line 2: expected a caption behind the tab; found none"):
+        extract("--captions", "caps.txt")
 
 
 @pytest.mark.parametrize("k", [1, 4, 5])

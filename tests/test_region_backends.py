@@ -166,6 +166,92 @@ def test_boxes_of_another_picture_are_refused(tmp_path):
         GivenBoxes(str(tmp_path / "x.npz"), ["b.jpg"])
 
 
+BOX = np.array([[1.0, 2, 30, 20], [5, 6, 7, 8]])
+
+
+def digest(path, names, **arrays) -> str:
+    np.savez(path, **arrays)
+    return GivenBoxes(str(path if path.parent.name != "folder" else path.parent), names).digest
+
+
+def test_other_boxes_have_another_digest(tmp_path):
+    names = ["a.jpg", "b.jpg"]
+    path = tmp_path / "x.npz"
+    boxes = np.stack([np.concatenate([BOX, BOX[:1]])] * 2)
+    found = [digest(path, names, ids=names, boxes=boxes, num_boxes=n) for n in ([1, 3], [3, 1])]
+    boxes[:] = BOX[0]
+    found += [digest(path, names, ids=names, boxes=boxes, num_boxes=n) for n in ([1, 2], [2, 1])]
+    found.append(digest(path, ["a.jpg", "c.jpg"], ids=["a", "c"], boxes=boxes, num_boxes=[2, 1]))
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / "folder" / "a.npz"
+    found.append(digest(path, ["a.jpg"], bbox=BOX))
+    for size in ({"image_w": 60, "image_h": 40}, {"image_w": 120, "image_h": 80}):
+        found.append(digest(path, ["a.jpg"], bbox=BOX, **size))
+    assert len(set(found)) == len(found)
+    assert digest(path, ["a.jpg"], bbox=BOX) in found
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"image_w": 0}, "image_w is '0'; expected a number of pixels"),
+        ({"image_h": []}, "image_h is "),
+        ({"image_h": np.nan}, "image_h is "),
+        ({"image_w": np.inf}, "image_w is "),
+        ({"image_w": -60}, "image_w is "),
+        ({"image_w": "60"}, "image_w is "),
+        ({"num_bbox": []}, "num_bbox: expected a number for each of 1 pictures"),
+        ({"num_bbox": "2"}, "num_bbox: expected"),
+        ({"num_bbox": -1}, "num_bbox: -1 of picture 0"),
+        ({"num_bbox": 3}, "num_bbox: 3 of picture 0 .*; there are 2 boxes"),
+        ({"num_bbox": np.nan}, "num_bbox: nan of"),
+        ({"num_bbox": 1.5}, "num_bbox: 1.5 of"),
+        ({"bbox": BOX.astype(str)}, r"expected bbox or boxes \(R, 4\) of numbers"),
+        ({"bbox": BOX[0]}, "expected bbox or boxes"),
+        ({"bbox": np.float64(3)}, "expected bbox or boxes"),
+    ],
+)
+def test_a_file_of_boxes_of_a_picture_that_is_wrong(tmp_path, wrong, said):
+    good = {"bbox": BOX, "image_w": 60, "image_h": 40, "num_bbox": 2}
+    np.savez(tmp_path / "b.npz", **good | wrong)
+    with pytest.raises(InputError, match=f"b.npz: {said}") as error:
+        GivenBoxes(str(tmp_path), ["b.jpg"])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"boxes": BOX[None].astype(str)}, r"expected bbox or boxes \(N, R, 4\) of numbers"),
+        ({"boxes": BOX}, "expected bbox or boxes"),
+        ({"ids": "b.jpg"}, r"expected ids \(N,\)"),
+        ({"ids": [["b.jpg"]]}, r"expected ids \(N,\)"),
+        ({"ids": ["b.jpg", "c.jpg"]}, "2 ids, 1 rows of boxes"),
+        ({"num_boxes": [1, 1]}, "num_boxes: expected a number for each of 1 pictures"),
+        ({"num_boxes": np.array(["x"])}, "num_boxes: expected"),
+        ({"num_boxes": -1}, "num_boxes: -1 of picture 0"),
+        ({"num_boxes": [9]}, "num_boxes: 9 of picture 0"),
+    ],
+)
+def test_a_file_of_boxes_that_is_wrong(tmp_path, wrong, said):
+    path = tmp_path / "x.npz"
+    np.savez(path, **{"ids": ["b.jpg"], "boxes": BOX[None], "num_boxes": [2]} | wrong)
+    with pytest.raises(InputError, match=f"x.npz: {said}"):
+        GivenBoxes(str(path), ["b.jpg"])
+    np.save(tmp_path / "y.npy", BOX)
+    (tmp_path / "y.npy").rename(path)
+    with pytest.raises(InputError, match="x.npz: not a whole .npz file"):
+        GivenBoxes(str(path), ["b.jpg"])
+
+
+def test_boxes_are_given_out_cut_to_the_picture(tmp_path):
+    lines = ["-50\t-50\t1e30\t1e30", "10\t-1\t70\t20", "1\t2\t3\t4"]
+    (tmp_path / "boxes.tsv").write_text("".join(f"b.jpg\t{x}\n" for x in lines))
+    found = GivenBoxes(str(tmp_path / "boxes.tsv"), ["b.jpg"]).of("b.jpg", (60, 40))
+    assert found.tolist() == [[0, 0, 60, 40], [10, 0, 60, 20], [1, 2, 3, 4]]
+    assert found.dtype == np.float32
+
+
 # Weights
 
 

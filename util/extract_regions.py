@@ -31,12 +31,13 @@ from util.arguments import COUNT, Parser  # noqa: E402
 from util.cli import InputError, replacing, run, say  # noqa: E402
 from util.convert_data import SIZE  # noqa: E402
 from util.folders import SPLITS  # noqa: E402
-from util.image_ids import read_ids, shown  # noqa: E402
+from util.image_ids import read_ids  # noqa: E402
 from util.npy_writer import NpyWriter  # noqa: E402
 from util.photo_folder import (  # noqa: E402
     Photos,
     choose_photos,
     read_photo_captions,
+    warn_of_skipped,
     write_photo_captions,
 )
 from util.pictures import open_picture, pillow  # noqa: E402
@@ -51,7 +52,7 @@ OF_CAPTIONS = ["caps.txt", "caption_image.txt", "sent_caps.txt", "precaps_stan.t
 OF_BOXES = ["boxes.npy"]
 BATCH = {"cpu": 4}  # on two cores three times as fast as 32, in half the memory
 READERS = 2  # threads that decode pictures; each may hold one of MAX_PIXELS
-MOST_WARNINGS, MOST_NAMES = 10, 20
+MOST_WARNINGS = 10
 EVERY = 60  # seconds between two lines about the progress, where there is no bar
 LARGEST = np.finfo(np.float16).max
 
@@ -141,6 +142,7 @@ class Extraction:
         self.settings = extractor.settings | {
             "width": extractor.width,
             "boxes_sha256": None if given is None else given.digest,
+            "pictures": len(photos.names),
             "pictures_sha256": photos.digest(),
         }
         self.state = State(self.folder, self.settings)
@@ -155,6 +157,8 @@ class Extraction:
         """In words, the first setting that another extraction has otherwise; None: none."""
         for key, value in self.settings.items():
             if key != "weights" and other.get(key) != value:  # they may lie elsewhere now
+                if key == "pictures":
+                    return f"other pictures ({other.get(key, 'unknown')} before, now {value})"
                 if key.endswith("sha256"):
                     return f"other {key.removesuffix('_sha256')}"
                 return f"{key} {other.get(key)}, not {value}"
@@ -193,9 +197,12 @@ class Extraction:
             self.state = State(self.folder, self.settings)
         there = [name for name in (*ARRAYS, IDS) if os.path.exists(f"{self.stem}_{name}")]
         if there and not overwrite and not self.state.whole:
+            path = f"{self.stem}_{SETTINGS}"
+            differs = self._differs(read_json(path)) if os.path.isfile(path) else f"no {path}"
             raise InputError(
-                f"{self.stem}_{there[0]}: is there already, of other pictures or settings; choose "
-                "another --out or --split, or replace it with --overwrite"
+                f"{self.stem}_{there[0]}: is there already, of other pictures or settings "
+                f"({differs or 'not all of its files'}); choose another --out or --split, or "
+                "replace it with --overwrite"
             )
         os.makedirs(self.folder, exist_ok=True)
         if self.state.done and not self.state.whole:
@@ -256,9 +263,10 @@ class Extraction:
         finally:
             readers.shutdown(cancel_futures=True)
             bar.close()
-        seconds, n = time.monotonic() - began, len(names) - start
+        seconds = max(time.monotonic() - began, 1e-9)
+        n = len(names) - start
         if n:
-            say(f"{n:,} pictures in {seconds:.0f} s, {n / max(seconds, 1e-9):.1f} a second")
+            say(f"{n:,} picture{'s'[: n - 1]} read in {seconds:.0f} s, {n / seconds:.1f} a second")
 
     def _extract(self, names: list[str], prepared: list, writers: dict[str, NpyWriter]) -> None:
         """Write the rows of a batch."""
@@ -308,13 +316,7 @@ class Extraction:
                 f"warning: {self.stem}_{', '.join(stale)}: older than these features; if made for "
                 "others, make it again, or move it away"
             )
-        if broken:
-            some = ", ".join(map(shown, broken[:MOST_NAMES]))
-            more = f" and {len(broken) - MOST_NAMES:,} more" if len(broken) > MOST_NAMES else ""
-            say(
-                f"warning: {len(broken):,} of {len(self.photos.names):,} pictures were skipped: "
-                f"{some}{more} ({self.stem}_{SETTINGS} lists all)"
-            )
+        warn_of_skipped(broken, self.photos, f"{self.stem}_{SETTINGS}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -374,7 +376,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     stem = os.path.join(opt.out, opt.split)
     work = Extraction(stem, photos, extractor, given)
     work.warn_of_others()
-    if work.is_there() and not opt.overwrite and not os.path.isdir(work.folder):
+    if not opt.overwrite and not os.path.isfile(work.state.path) and work.is_there():
+        shutil.rmtree(work.folder, ignore_errors=True)  # a stop at the very end leaves it
         say(f"notice: {stem}_{IMS}: is there already, of just these pictures and settings")
     else:
         work.prepare(opt.overwrite)
@@ -389,8 +392,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     n = len(photos.names) - len(skipped)
     print(f"{stem}_{IMS}: {n:,} images, {work.most} regions of {extractor.width} numbers")
     if captions is not None:
-        pairs = zip(photos.names, captions, strict=True)
-        write_photo_captions(stem, [c for name, c in pairs if name not in skipped], opt.overwrite)
+        write_photo_captions(stem, photos, captions, skipped, opt.overwrite)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from util.pictures import ENDINGS
 
 NUMBERED = re.compile(r"(\.\w+)#\d+$")  # Flickr's lists call them name.jpg#0, name.jpg#1, ...
 USUAL = 5  # captions per image that the programs take for granted
+MOST_NAMES = 20  # of skipped pictures in a warning
+SAMPLE = 4096  # bytes of a file that are compared at its start, its middle and its end
 
 
 class Photos(NamedTuple):
@@ -24,17 +26,44 @@ class Photos(NamedTuple):
     lines: list[int] | None
 
     def digest(self) -> str:
-        """A SHA-256 of the names and the lengths of the files."""
+        """A SHA-256 of the names and the lengths of the files, and of three parts of each."""
         found = hashlib.sha256()
         for name in self.names:
-            path = os.path.join(self.folder, name)
-            size = os.path.getsize(path) if os.path.isfile(path) else -1
-            found.update(f"{name}\n{size}\n".encode())
+            size, parts = _sample(os.path.join(self.folder, name))
+            found.update(f"{name}\n{size}\n".encode() + parts)
         return found.hexdigest()
+
+
+def _sample(path: str) -> tuple[int, bytes]:
+    """The length of a file, and its first, middle and last SAMPLE bytes; all of a short one.
+
+    Whole files would take as long to read as to extract. The length of one that cannot be read is
+    -1: what is wrong with it is said where its picture is read.
+    """
+    if not os.path.isfile(path):
+        return -1, b""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size <= 3 * SAMPLE:
+                return size, file.read()
+            parts = []
+            for start in (0, (size - SAMPLE) // 2, size - SAMPLE):
+                file.seek(start)
+                parts.append(file.read(SAMPLE))
+            return size, b"".join(parts)
+    except OSError:
+        return -1, b""
+
+
+def _are(n: int, noun: str) -> str:
+    return f"{n:,} {noun} is" if n == 1 else f"{n:,} {noun}s are"
 
 
 def list_photos(folder: str) -> list[str]:
     """The names of the pictures in a folder, sorted; those of folders in it are not read."""
+    if os.path.isfile(folder):
+        raise InputError(f"{folder}: is a file; give the folder it is in")
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder of pictures")
     names, folders, others = [], 0, []
@@ -48,10 +77,10 @@ def list_photos(folder: str) -> list[str]:
         else:
             others.append(entry.name)
     if folders:
-        say(f"notice: {folder}: {folders:,} folders in it are not read")
+        say(f"notice: {folder}: {_are(folders, 'folder')} not read")
     if others:
         say(
-            f"notice: {folder}: {len(others):,} files are not read, such as {shown(others[0])}; "
+            f"notice: {folder}: {_are(len(others), 'file')} not read, such as {shown(others[0])}; "
             f"pictures end with {', '.join(ENDINGS)}"
         )
     if not names:
@@ -106,14 +135,26 @@ def _is_text(name: str) -> bool:
         return False
 
 
+def warn_of_skipped(broken: Sequence[str], photos: Photos, path: str) -> None:
+    """Name the pictures that could not be read; the file at `path` lists all."""
+    if broken:
+        some = ", ".join(map(shown, broken[:MOST_NAMES]))
+        more = f" and {len(broken) - MOST_NAMES:,} more" if len(broken) > MOST_NAMES else ""
+        say(
+            f"warning: skipped {len(broken):,} of {len(photos.names):,} pictures: {some}{more} "
+            f"({path} lists all)"
+        )
+
+
 def read_photo_captions(
     path: str, names: Sequence[str], lines: Sequence[int] | None
 ) -> list[list[str]]:
     """The captions of each of the photos `names`, in the order of the file.
 
     A line is a photo's name, a tab and a caption; lines of other photos are left out, with a
-    notice. Or all lines are captions only, as many for each line of --ids: `lines` says which photo
-    such a line names. Raises InputError with the line if the file is neither.
+    notice, and so are empty captions. A tab in a caption becomes a blank. Or all lines are captions
+    only, as many for each line of --ids: `lines` says which photo such a line names. Raises
+    InputError with the line if the file is neither.
     """
     text = read_lines(path, "caption")
     tabbed = sum("\t" in line for line in text)
@@ -121,18 +162,25 @@ def read_photo_captions(
         return _plain(path, text, len(names), lines)
     found: list[list[str]] = [[] for _ in names]
     images, others, other = ImageIds(names), 0, ""
+    empty = []  # numbers of lines
     for row, line in enumerate(text, 1):
         name, tab, caption = line.partition("\t")
-        image = images.find(NUMBERED.sub(r"\1", name.strip()))
+        name = NUMBERED.sub(r"\1", name.strip())
+        image = images.find(name)
+        if not tab and (image is not None or name.lower().endswith(ENDINGS)):
+            empty.append(row)  # read_lines cuts a tab at the end
+            continue
         if line and image is None and tab:
             others, other = others + 1, other or name
         elif image is not None:
-            found[image].append(caption.strip())
+            found[image].append(caption.strip().replace("\t", " "))
         elif line:
             raise InputError(
                 f"{path}: line {row}: expected a file name, a tab and a caption, as in other "
                 f"lines; found {shown(line)}"
             )
+    if empty and not any(found):
+        raise InputError(f"{path}: line {empty[0]}: expected a caption behind the tab; found none")
     if not any(found):
         raise InputError(
             f"{path}: no captions of these photos: it names {shown(other)}, the first photo is "
@@ -140,8 +188,13 @@ def read_photo_captions(
         )
     if others:
         say(
-            f"notice: {path}: {others:,} lines are of other photos, such as {shown(other)}, and "
-            "are left out"
+            f"notice: {path}: {_are(others, 'line')} of other photos, such as {shown(other)}, and "
+            "left out"
+        )
+    if empty:
+        say(
+            f"notice: {path}: {_are(len(empty), 'line')} without a caption, the first line "
+            f"{empty[0]}, and left out"
         )
     return found
 
@@ -165,11 +218,19 @@ def _plain(path: str, text: list[str], n: int, lines: Sequence[int] | None) -> l
     return found
 
 
-def write_photo_captions(stem: str, captions: list[list[str]], overwrite: bool) -> None:
+def write_photo_captions(
+    stem: str, photos: Photos, captions: list[list[str]], skipped: set[str], overwrite: bool
+) -> None:
     """Write {stem}_caps.txt, row by row, and {stem}_caption_image.txt if a row has not just five.
 
-    Raises InputError if other captions are there, unless `overwrite`.
+    `captions` are those of each of the photos; those of photos that were `skipped` are left out,
+    with a notice. Raises InputError if other captions are there, unless `overwrite`.
     """
+    pairs = list(zip(photos.names, captions, strict=True))
+    captions = [some for name, some in pairs if name not in skipped]
+    lost = sum(len(some) for name, some in pairs if name in skipped)
+    if lost:
+        say(f"notice: {_are(lost, 'caption')} of pictures that were skipped, and left out")
     rows = [row for row, some in enumerate(captions) for _ in some]
     regular = all(len(some) == USUAL for some in captions)
     table = None if regular else "".join(f"{row}\n" for row in rows)
@@ -193,7 +254,7 @@ def write_photo_captions(stem: str, captions: list[list[str]], overwrite: bool) 
     without = sum(not some for some in captions)
     if without:
         say(
-            f"notice: {without:,} of {len(captions):,} photos have no caption; their features are "
+            f"notice: no caption of {without:,} of {len(captions):,} photos; their features are "
             f"kept, and {stem}_caption_image.txt says which photo a caption is of"
         )
     print(f"{stem}_caps.txt: {len(rows):,} captions")

@@ -14,6 +14,8 @@ from util.image_ids import ImageIds, shown
 BOXES, COUNTS = ("boxes", "bbox", "bboxes"), ("num_boxes", "num_bbox")
 FORM = "file name, left, top, right, bottom, with tabs between them"
 DAMAGED = ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error
+DAMAGED += TypeError, RuntimeError, MemoryError  # an .npy file, one with a password, a false shape
+NUMBERS = "fiu"  # kinds of dtype
 
 
 class GivenBoxes:
@@ -47,8 +49,9 @@ class GivenBoxes:
             )
         self.boxes = [boxes[:most] for boxes in self.boxes]
         digest = hashlib.sha256()
-        for name, boxes in zip(self.images.names, self.boxes, strict=True):
+        for k, (name, boxes) in enumerate(zip(self.images.names, self.boxes, strict=True)):
             self._check(name, boxes)
+            digest.update(f"{name}\n{len(boxes)}\n{self.sizes.get(k)}\n".encode())
             digest.update(boxes.tobytes())
         self.digest = digest.hexdigest()
         self.most = max(map(len, self.boxes))
@@ -84,23 +87,24 @@ class GivenBoxes:
         try:
             with np.load(path, allow_pickle=False) as archive:
                 wanted = {"ids", "image_w", "image_h", *BOXES, *COUNTS} & set(archive)
-                return {name: archive[name] for name in wanted}
+                return {name: np.asarray(archive[name]) for name in wanted}
         except DAMAGED as error:
-            raise InputError(f"{path}: not a whole .npz file of arrays ({error})") from None
+            said = " ".join(str(error).split())  # in one line
+            raise InputError(f"{path}: not a whole .npz file of arrays ({said})") from None
 
     def _read_npz(self) -> None:
         arrays = self._load(self.path)
-        boxes = next((arrays[x] for x in BOXES if x in arrays), None)
-        ids = arrays.get("ids")
-        if ids is None or boxes is None or boxes.ndim != 3 or boxes.shape[2] != 4:
+        ids, boxes = arrays.get("ids"), _boxes(self.path, arrays, "(N, R, 4)")
+        if ids is None or ids.ndim != 1 or ids.dtype.kind not in "US" + NUMBERS:
             raise InputError(f"{self.path}: expected ids (N,) and boxes (N, R, 4)")
-        counts = next((arrays[x] for x in COUNTS if x in arrays), np.full(len(ids), boxes.shape[1]))
-        if not len(ids) == len(boxes) == len(counts):
+        if len(ids) != len(boxes):
             raise InputError(f"{self.path}: {len(ids)} ids, {len(boxes)} rows of boxes")
-        for name, row, n in zip(ids.tolist(), boxes, counts.tolist(), strict=True):
-            image = self.images.find(name.decode() if isinstance(name, bytes) else str(name))
+        counts = _counts(self.path, arrays, len(boxes), boxes.shape[1])
+        for name, row, n in zip(ids.tolist(), boxes, counts, strict=True):
+            text = name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
+            image = self.images.find(text)
             if image is not None:
-                self.boxes[image] = row[: int(n)].astype(np.float32)
+                self.boxes[image] = row[:n].astype(np.float32)
 
     def _read_folder(self, names: list[str]) -> None:
         for image, name in enumerate(self.images.names):
@@ -111,22 +115,17 @@ class GivenBoxes:
             if path is None:
                 continue
             arrays = self._load(path)
-            boxes = next((arrays[x] for x in BOXES if x in arrays), None)
-            if (
-                boxes is None
-                or boxes.ndim != 2
-                or boxes.shape[1] != 4
-                or boxes.dtype.kind not in "fiu"
-            ):
-                raise InputError(f"{path}: expected bbox or boxes (R, 4)")
-            count = next((arrays[x] for x in COUNTS if x in arrays), np.array(len(boxes)))
-            self.boxes[image] = boxes[: int(count.reshape(-1)[0])].astype(np.float32)
+            boxes = _boxes(path, arrays, "(R, 4)")
+            (n,) = _counts(path, arrays, 1, len(boxes))
+            self.boxes[image] = boxes[:n].astype(np.float32)
             if "image_w" in arrays and "image_h" in arrays:
-                width, height = (arrays[x].reshape(-1)[0] for x in ("image_w", "image_h"))
-                self.sizes[image] = float(width), float(height)
+                self.sizes[image] = (
+                    _length(path, arrays, "image_w"),
+                    _length(path, arrays, "image_h"),
+                )
 
     def of(self, name: str, size: tuple[int, int]) -> np.ndarray:
-        """The boxes (R, 4) of a picture of width and height `size`, in its pixels.
+        """The boxes (R, 4) of a picture of width and height `size`, in its pixels, cut to it.
 
         Raises InputError if they are those of a picture of another shape, or lie outside of it.
         """
@@ -147,4 +146,49 @@ class GivenBoxes:
                 f"--boxes {self.path}: {shown(name)}, box {k} (from 0): {boxes[k].tolist()} lies "
                 f"outside of the picture of {size[0]} x {size[1]}"
             )
-        return boxes
+        return np.clip(boxes, 0, np.array([*size, *size], np.float32))
+
+
+def _boxes(path: str, arrays: dict[str, np.ndarray], shape: str) -> np.ndarray:
+    """The array of boxes of a file, (R, 4) or (N, R, 4) as `shape` says."""
+    boxes = next((arrays[x] for x in BOXES if x in arrays), None)
+    dims = shape.count(",") + 1
+    if boxes is None:
+        raise InputError(f"{path}: expected bbox or boxes {shape}")
+    if boxes.ndim != dims or boxes.shape[-1] != 4 or boxes.dtype.kind not in NUMBERS:
+        raise InputError(
+            f"{path}: expected bbox or boxes {shape} of numbers; found {boxes.shape} of "
+            f"{boxes.dtype}"
+        )
+    return boxes
+
+
+def _counts(path: str, arrays: dict[str, np.ndarray], n: int, r: int) -> list[int]:
+    """How many of its r boxes each of n pictures has; all of them if the file does not say."""
+    name = next((x for x in COUNTS if x in arrays), None)
+    if name is None:
+        return [r] * n
+    counts = arrays[name].reshape(-1)
+    if counts.dtype.kind not in NUMBERS or len(counts) != n:
+        raise InputError(
+            f"{path}: {name}: expected a number for each of {n} pictures; found "
+            f"{arrays[name].shape} of {counts.dtype}"
+        )
+    wrong = ~((counts >= 0) & (counts <= r) & (counts == np.floor(counts)))  # NaN is wrong, too
+    if wrong.any():
+        k = int(wrong.argmax())
+        raise InputError(
+            f"{path}: {name}: {counts[k]} of picture {k} (from 0); there are {r} boxes"
+        )
+    return [int(count) for count in counts]
+
+
+def _length(path: str, arrays: dict[str, np.ndarray], name: str) -> float:
+    """The width or the height of the picture that the boxes of a file are of."""
+    found = arrays[name]
+    if found.size != 1 or found.dtype.kind not in NUMBERS or not 1 <= found.item() < np.inf:
+        raise InputError(
+            f"{path}: {name} is {shown(str(found.tolist()))}; expected a number of pixels, at "
+            "least 1"
+        )
+    return float(found.item())
