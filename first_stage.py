@@ -32,7 +32,8 @@ from util.norms import l2norm
 from util.npy_writer import NpyWriter
 
 BLOCK = 256  # images or captions that are encoded at once
-LARGE, FORMAT = 100_000, 2  # vectors from which the index is approximate; that of the kept files
+LARGE = 100_000  # vectors from which the index is approximate
+FORMAT = 2  # of the kept files
 SAMPLE = 16  # rows of features that a fingerprint reads
 # The files of a split that say what an image is; `caption_item` needs none.
 IMAGE_FILES = "ims", "num_boxes", "boxes", "ims_bbx", "ims_size", "who_ims"
@@ -192,8 +193,7 @@ def writable(places: Sequence[str]) -> str:
 def kept_vectors(places: Sequence[str], kept: Kept) -> tuple[np.ndarray, str]:
     """The vectors (N, D), memory-mapped, and the path of their files without ending.
 
-    They are read from one of the folders `places`, if they are whole and of the same data; else
-    they are computed and written.
+    They are read from one of the folders `places`, if whole and of the same data, or else written.
     """
     faults = []
     for place in places:

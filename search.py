@@ -117,8 +117,7 @@ def read_queries(opt: argparse.Namespace) -> list[str]:
 
 def wanted_image(opt: argparse.Namespace, searcher: Searcher) -> int | ServedImage:
     """What --image means: an image of the split, by number or id, or a picture in a file."""
-    stem = searcher.dataset.path.removesuffix("_ims.npy")
-    path = os.path.expanduser(opt.image)
+    stem, path = searcher.stem, os.path.expanduser(opt.image)
     if not os.path.isfile(path) or opt.image in (searcher.ids or ()):
         return find_image(opt.image, searcher.ids, searcher.n_images, f"{stem}_ids.txt")
     return own_picture(path, stem, opt)
@@ -147,10 +146,8 @@ def own_picture(path: str, stem: str, opt: argparse.Namespace) -> ServedImage:
     return ServedImage(*arrays, found.size, torch.from_numpy(found.whole).float())
 
 
-def photos_of(opt: argparse.Namespace, searcher: Searcher) -> list[str | None]:
-    """The path of each image's photo; None where there is none."""
-    folder, stem = opt.images, searcher.dataset.path.removesuffix("_ims.npy")
-    folder = recorded_photos(stem) if folder is None else folder
+def photos_of(folder: str | None, searcher: Searcher) -> list[str | None]:
+    """The path of each image's photo in a folder, or in that of the data; None: there is none."""
     ids, n = searcher.ids, searcher.n_images
     return find_photos(folder, searcher.folder, searcher.split, ids, n)
 
@@ -208,7 +205,10 @@ def search(opt: argparse.Namespace) -> dict:
     how = opt.topk, opt.shortlist, opt.stages
     by_image = opt.image is not None
     queries = [wanted_image(opt, searcher)] if by_image else read_queries(opt)
-    photos = None if by_image else photos_of(opt, searcher)
+    photos = None
+    if not by_image:
+        folder = recorded_photos(searcher.stem) if opt.images is None else opt.images
+        photos = photos_of(folder, searcher)
     index, answers = None, []
     for number, query in enumerate(queries):
         if not by_image:

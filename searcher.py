@@ -177,6 +177,7 @@ class Searcher:
                 )
         _, self.model, self.vocab, self.opt, self.dataset = self.exact
         self.split, self.ids = split, self.dataset.ids
+        self.stem = os.path.join(self.folder, split)  # of the names of the split's files
         self.n_images, self.n_captions = self.dataset.n_images, self.dataset.n_captions
         self._places = stage.cache_places(self.folder, split, cache)
 

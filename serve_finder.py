@@ -282,7 +282,7 @@ def open_finder(opt: argparse.Namespace, device: torch.device) -> Finder | None:
         cache=opt.cache,
     )
     searcher.prepare()  # not at the first request, which has a time limit
-    settings = read_settings(os.path.join(searcher.folder, searcher.split))
+    settings = read_settings(searcher.stem)
     photos = open_photos(opt, searcher)
     parts, why = (None, None), "util/extract_regions.py did not make this data set"
     if not searcher.n_captions:
@@ -306,16 +306,18 @@ def open_photos(opt: argparse.Namespace, searcher: Searcher) -> list[str | None]
     except InputError as error:
         print(f"notice: no photos are shown: {error}")
         return [None] * searcher.n_images
-    folder = recorded_photos(searcher.dataset.path.removesuffix("_ims.npy"))
-    if opt.images is None and folder is not None and not is_own_machine(opt.host):
+    if opt.images is not None:
+        return photos_of(opt.images, searcher)
+    folder = recorded_photos(searcher.stem)
+    if folder is not None and not is_own_machine(opt.host):
         print(
             f"notice: no photos are shown: {folder} is only named in {searcher.split}_extractor."
             f"json, and others can reach --host {opt.host}; to show it, give --images {folder}"
         )
         return [None] * searcher.n_images
-    if opt.images is None and folder is not None:
+    if folder is not None:
         print(f"Photos: {folder}, as {searcher.split}_extractor.json says")
-    return photos_of(opt, searcher)
+    return photos_of(folder, searcher)
 
 
 def is_own_machine(host: str) -> bool:

@@ -73,9 +73,9 @@ def open_picture(
             ) from None
 
 
-def printable(name: str) -> str:
-    """A file's name for a message, without what would control a terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in name)
+def printable(text: str) -> str:
+    """A file's name or a message without what would control a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _in_rgb(picture, turn: bool):

@@ -19,6 +19,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from util.cli import InputError
+from util.pictures import printable
 from util.upload_worker import (
     HEAD,
     LENGTH,
@@ -234,7 +235,7 @@ class PictureReader:
                     return pixels
             elif kind == REFUSED and first <= LONGEST_MESSAGE:
                 message = take(of, first).decode(errors="ignore")
-                return "".join(x if x.isprintable() else "?" for x in message)
+                return printable(message)
             elif kind == NO_MEMORY:
                 return None
             raise EOFError
