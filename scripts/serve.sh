@@ -5,6 +5,6 @@ if [ $# -eq 0 ] || [ "${1#-}" != "$1" ]; then
   exit 2
 fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-extras="fastapi==0.165.0 uvicorn==0.54.0"
+locks="core server"
 source "$root/scripts/environment.sh"
 exec "$PYTHON" "$root/serve.py" --port "$port" "$@"
