@@ -10,9 +10,31 @@ from tqdm import tqdm
 
 from util.arguments import did_you_mean, nearest
 
+LONGEST = 2000  # characters of a message
+
 
 class InputError(ValueError):
-    """The user's input is wrong; the message says what is wrong, where, and what to do."""
+    """The user's input is wrong; the message says what is wrong, where, and what to do.
+
+    The message is one line, whatever a file puts into it: see one_line.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """A message as one line of printable characters, cut in its middle if it is very long.
+
+    A DataLoader wraps an error of its worker in a traceback: of that, only the error's own message
+    is kept.
+    """
+    if "\nOriginal Traceback" in text:
+        text = text.strip().rpartition("Error: ")[2]
+    # Line breaks, control characters, and halves of characters, which no terminal can encode.
+    text = "".join(x if x.isprintable() else repr(x)[1:-1] for x in text)
+    half = LONGEST // 2 - 5
+    return text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
 
 
 def run(main: Callable[[], None], clean_up: bool = False) -> None:
@@ -21,8 +43,7 @@ def run(main: Callable[[], None], clean_up: bool = False) -> None:
     With `clean_up`, SIGTERM and SIGHUP end it as Ctrl-C does: it removes what it has half written.
 
     Only `InputError` and the operating system's errors (missing file, full disk) are shortened.
-    Any other exception is a bug in this project and keeps its traceback. A DataLoader worker wraps
-    an error in its own traceback, so only the text after the error's name is printed.
+    Any other exception is a bug in this project and keeps its traceback.
     """
     if clean_up:
         for name in ("SIGTERM", "SIGHUP"):
@@ -33,8 +54,7 @@ def run(main: Callable[[], None], clean_up: bool = False) -> None:
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except (InputError, OSError) as error:
-        message = str(error).strip().rpartition("InputError: ")[2]
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(1)
 
 
