@@ -42,13 +42,15 @@ try:
     import uvicorn
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse
-    from pydantic import ValidationError
     from starlette.requests import ClientDisconnect
 
     import serve_finder
-    from serve_schema import Body, Record, Scores, explain
+    from serve_schema import MOST, Body, Record, Scores, parse_body
     from serve_search import SearchLimits, SearchRoutes, add_start
-    from util.request_batcher import Limits, Query, Refused, RequestBatcher
+    from util.connections import configure, fitting_limits, open_socket
+    from util.request_batcher import Limits, Query, RequestBatcher
+    from util.request_bodies import Refused
+    from util.senders import OwnNamesOnly, Senders
 except ImportError as error:
     message = f"serve.py needs {error.name}, which is not installed: pip install fastapi uvicorn"
     if __name__ == "__main__":
@@ -81,12 +83,10 @@ class Scorer:
 
     def read(self, raw: bytes | bytearray) -> Query:
         """Check the body of a request, and convert it. Raises Refused."""
+        images, fields = self.limits.images, self.limits.fields
+        values = images * (self.opt.img_dim + fields) + 2 * MOST  # one list too long is named
         try:
-            body = Body.model_validate_json(raw)
-        except ValidationError as error:
-            raise Refused(422, explain(error)) from None
-        try:
-            return self.query(body)
+            return self.query(parse_body(raw, values, images * fields + 2**14))
         except InputError as error:
             raise Refused(422, str(error)) from None
 
@@ -187,6 +187,7 @@ class Scorer:
 
 
 RESPONSES = {
+    403: "the host is no name of this server",
     408: "the body came too slowly",
     413: "the body is too large",
     415: "not application/json",
@@ -232,14 +233,16 @@ def build_app(
     finder: serve_finder.Finder | None = None,
     search_limits: SearchLimits | None = None,
     hosts: tuple[str, ...] = (),
+    own_machine: bool = False,
 ) -> FastAPI:
     """The application; /health reports `name` as the checkpoint.
 
-    `finder` holds what the search page searches, if there is one; `hosts` are the server's names.
+    `finder` holds what the search page searches, if there is one; `hosts` are the server's names;
+    `own_machine`: it serves this machine only.
     """
-    batcher, search = RequestBatcher(scorer), None
+    batcher, search, senders = RequestBatcher(scorer), None, Senders(hosts)
     if finder is not None:
-        search = SearchRoutes(finder, batcher, search_limits or SearchLimits(), hosts)
+        search = SearchRoutes(finder, batcher, search_limits or SearchLimits(), senders)
     app = FastAPI(title="Image-text matching scores", lifespan=lifespan(batcher, search))
     schema = Body.model_json_schema(ref_template="#/components/schemas/{model}")
     records = schema.pop("$defs")
@@ -256,8 +259,8 @@ def build_app(
         try:
             return JSONResponse(await batcher.answer(request))
         except Refused as refused:
-            if refused.status in (413, 415, 503) and "expect" not in request.headers:
-                await batcher.drain(request)
+            if refused.status in (413, 415, 503):
+                await batcher.bodies.drain(request)
             # Else the unread rest of a body would be taken for the next request.
             headers = {"connection": "close"} if refused.status in (408, 413, 415, 503) else None
             return JSONResponse({"error": str(refused)}, refused.status, headers)
@@ -275,26 +278,14 @@ def build_app(
             "answered": batcher.answered,
         }
 
+    if own_machine:
+        app.add_middleware(OwnNamesOnly, senders=senders)
     add_schemas(app, records)
     if search is None:
         add_start(app, name, scorer.opt.data_name)
     else:
         search.add(app)
     return app
-
-
-def open_socket(host: str, port: int, backlog: int) -> socket.socket:
-    """A listening socket. Raises InputError if the address cannot be used."""
-    # If the protocol is named, asyncio turns on TCP_NODELAY: each part of a reply is sent at once.
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((host, port))
-        sock.listen(backlog)
-    except (OSError, OverflowError) as error:
-        raise InputError(f"--host {host} --port {port}: {error}") from None
-    return sock
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Limits]:
@@ -352,22 +343,14 @@ def open_app(opt: argparse.Namespace, limits: Limits) -> tuple[FastAPI, Scorer]:
         upload_bytes=int(opt.max_upload_mb * 2**20), waiting=limits.waiting, seconds=limits.seconds
     )
     hosts = tuple(name for name in (opt.host, opt.public_host, socket.gethostname()) if name)
-    return build_app(scorer, os.path.basename(opt.checkpoint), finder, more, hosts), scorer
+    name, own = os.path.basename(opt.checkpoint), serve_finder.is_own_machine(opt.host)
+    return build_app(scorer, name, finder, more, hosts, own), scorer
 
 
 def main(argv: list[str] | None = None) -> None:
     opt, limits = parse(argv)
     app, scorer = open_app(opt, limits)
-    config = uvicorn.Config(
-        app,
-        host=opt.host,
-        port=opt.port,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=int(2 * limits.seconds) + 5,
-        limit_concurrency=1024,
-    )
+    config = configure(app, int(2 * limits.seconds) + 5, fitting_limits())
     server = uvicorn.Server(config)
 
     def stop(*_) -> None:

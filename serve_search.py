@@ -16,18 +16,13 @@ thread does all work of the model, that of serve.py included.
 
 import asyncio
 import base64
-import functools
 import hashlib
 import html
-import ipaddress
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from fnmatch import fnmatch
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -38,10 +33,13 @@ from starlette.requests import ClientDisconnect
 from serve_finder import Finder, NoSuchImage
 from serve_schema import AttentionOf, CaptionSearch, ImageSearch, Ranking, explain
 from util.cli import InputError
-from util.request_batcher import Refused, RequestBatcher
+from util.request_batcher import RequestBatcher
+from util.request_bodies import Refused, Turns, unless_gone
+from util.senders import Senders, host_name  # noqa: F401 (a name that this module had)
 from util.uploads import Unavailable
 
 PAGE = Path(__file__).parent / "util" / "search_page"
+JSON = "application/json"
 HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -52,11 +50,43 @@ UNREAD = (403, 408, 413, 415, 503)  # statuses of requests whose body may not ha
 RESPONSES = {
     403: {"description": "from a page of another site"},
     404: {"description": "no such image, or no uploads"},
+    408: {"description": "the body came too slowly"},
     413: {"description": "the body is too large"},
     415: {"description": "another content-type is expected"},
     422: {"description": "the request does not fit, or the picture cannot be read"},
     503: {"description": "too many requests at once"},
     504: {"description": "no answer in time"},
+}
+
+
+# How the routes are described
+
+
+def in_body(schema: type[BaseModel]) -> dict:
+    """A body of a schema."""
+    return {"requestBody": {"content": {JSON: {"schema": schema.model_json_schema()}}}}
+
+
+def in_query(schema: type[BaseModel]) -> dict:
+    """The fields of a schema in the address."""
+    described = schema.model_json_schema()
+    required = described.get("required", ())
+    fields = described["properties"].items()
+    return {
+        "parameters": [
+            {"name": name, "in": "query", "required": name in required, "schema": field}
+            for name, field in fields
+        ]
+    }
+
+
+PICTURE = {"schema": {"type": "string", "format": "binary"}}
+UPLOAD = in_query(Ranking) | {"requestBody": {"content": {"image/jpeg": PICTURE}}}
+PHOTO = {
+    "parameters": [
+        {"name": "number", "in": "path", "required": True, "schema": {"type": "integer"}}
+    ],
+    "responses": {"200": {"content": {"image/jpeg": PICTURE}}},
 }
 
 
@@ -82,21 +112,6 @@ def asked_for(schema: type[BaseModel], request: Request, raw: bytes | None = Non
         raise Refused(422, explain(error)) from None
 
 
-def host_name(netloc: str) -> str:
-    """The name in HOST:PORT; empty if it is none."""
-    try:
-        return (urlsplit(f"//{netloc}").hostname or "").lower()
-    except ValueError:
-        return ""
-
-
-def is_address(name: str) -> bool:
-    try:
-        return bool(ipaddress.ip_address(name))
-    except ValueError:
-        return False
-
-
 class SearchRoutes:
     """The routes: who may ask, how much, and how long it may take."""
 
@@ -105,11 +120,9 @@ class SearchRoutes:
         finder: Finder,
         batcher: RequestBatcher,
         limits: SearchLimits,
-        names: tuple[str, ...] = (),
+        senders: Senders,
     ):
-        self.finder, self.batcher, self.limits = finder, batcher, limits
-        self.names = {"localhost", *(name.lower() for name in names)}
-        self.in_flight: Counter[str] = Counter()  # of each route: a slow one blocks no other
+        self.finder, self.batcher, self.limits, self.senders = finder, batcher, limits, senders
         self.photo_readers = ThreadPoolExecutor(2, "photos")
         self.upload_reader = ThreadPoolExecutor(1, "uploads")
         self.turns: dict[ThreadPoolExecutor, asyncio.Semaphore] = {
@@ -127,36 +140,42 @@ class SearchRoutes:
     def add(self, app: FastAPI) -> None:
         """Add the page and its routes to the application."""
         add_pages(app, build_page("page"))
-        ask, tell = app.post, app.get
-        for method, path, handler, schema in (
-            (tell, "/api/info", self.info, None),
-            (ask, "/api/search", self.search, ImageSearch),
-            (tell, "/api/captions", self.captions, None),
-            (ask, "/api/attention", self.attention, AttentionOf),
-            (ask, "/api/upload", self.upload, None),
-            (tell, "/photos/{number}", self.photo, None),
+        body_bytes, upload_bytes = self.limits.body_bytes, self.limits.upload_bytes
+        for method, path, handler, kind, most, described in (
+            ("GET", "/api/info", self.info, None, 0, {}),
+            ("POST", "/api/search", self.search, JSON, body_bytes, in_body(ImageSearch)),
+            ("GET", "/api/captions", self.captions, None, 0, in_query(CaptionSearch)),
+            ("POST", "/api/attention", self.attention, JSON, body_bytes, in_body(AttentionOf)),
+            ("POST", "/api/upload", self.upload, "image/*", upload_bytes, UPLOAD),
+            ("GET", "/photos/{number}", self.photo, None, 0, PHOTO),
         ):
-            more = {}
-            if schema is not None:
-                content = {"application/json": {"schema": schema.model_json_schema()}}
-                more = {"openapi_extra": {"requestBody": {"content": content, "required": True}}}
-            method(path, responses=RESPONSES, **more)(self.guarded(handler))
+            app.add_api_route(
+                path,
+                self.guarded(handler, kind, most),
+                methods=[method],
+                name=handler.__name__,
+                description=handler.__doc__,
+                responses=RESPONSES,
+                openapi_extra=described,
+            )
 
-    def guarded(self, handler: Callable) -> Callable:
-        """A route: what the handler gives, or {"error": one line} with a status."""
+    def guarded(self, handler: Callable, kind: str | None, most: int) -> Callable:
+        """A route: what the handler gives, or {"error": one line} with a status.
 
-        @functools.wraps(handler)
+        The handler gets the request and its body: of a content-type `kind` and at most `most`
+        bytes, or none. Each route has its own turns: a slow one blocks no other.
+        """
+        turns, seconds = Turns(self.limits.waiting), self.limits.seconds
+
         async def route(request: Request):
             try:
-                self.check_sender(request)
-                waiting = self.in_flight[handler.__name__]
-                if waiting >= self.limits.waiting:
-                    raise Refused(503, f"{waiting} requests are waiting already; try again")
-                self.in_flight[handler.__name__] += 1
-                try:
-                    answer = await handler(request)
-                finally:
-                    self.in_flight[handler.__name__] -= 1
+                self.senders.check(request.headers)
+                turns.place_for(request)  # if there is none, its body need not come
+                body = nullcontext(b"")
+                if kind is not None:
+                    body = self.batcher.bodies.read(request, kind, most, seconds)
+                async with body as raw, turns.take(request, seconds):
+                    answer = await unless_gone(request, handler(request, raw))
                 if not isinstance(answer, Response):
                     answer = JSONResponse(answer, 200, HEADERS)
                 return answer
@@ -172,72 +191,11 @@ class SearchRoutes:
                 status, said = 499, "the client is gone"
             headers = HEADERS
             if status in UNREAD:
-                if "expect" not in request.headers:
-                    await self.batcher.drain(request)
-                # Else the unread rest of a body would be taken for the next request.
+                await self.batcher.bodies.drain(request)
                 headers = HEADERS | {"connection": "close"}
             return JSONResponse({"error": said}, status, headers)
 
         return route
-
-    def check_sender(self, request: Request) -> None:
-        """Refuse what another site's page sends, also one that has taken this address for its name.
-
-        A name that is no address must be one that this server was told; an `Origin`, which browsers
-        send, must be this server. An <img> of another page has none, but browsers say in
-        `Sec-Fetch-Site` where it stands.
-        """
-        host = request.headers.get("host", "").lower()
-        name = host_name(host)
-        if not (is_address(name) or name in self.names):
-            raise Refused(403, f"not a name of this server: {name[:80]!r}; see --public_host")
-        origin = request.headers.get("origin")
-        if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-            raise Refused(403, "a request from a page of another site")
-        if origin is None:
-            return
-        of_page = origin.lower().partition("://")[2]
-        ours = {name for name in self.names - {"localhost"} if not is_address(name)}
-        if of_page != host and host_name(of_page) not in ours:
-            raise Refused(403, f"a request from a page of another site: {origin[:80]!r}")
-
-    async def read_body(self, request: Request, kind: str, limit: int) -> bytes:
-        """The body of a request of some content-type, e.g. image/*. Raises Refused."""
-        found = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if not fnmatch(found, kind):
-            raise Refused(415, f"content-type {found[:40]!r}: expected {kind}")
-        told = request.headers.get("content-length", "0")
-        if told.isdecimal() and int(told[:20]) > limit:
-            raise Refused(413, f"a body of {told[:20]} bytes, expected at most {limit}")
-        raw = bytearray()
-        try:
-            async with asyncio.timeout(self.limits.seconds):
-                async for chunk in request.stream():
-                    raw += chunk
-                    if len(raw) > limit:
-                        raise Refused(413, f"a body of over {limit} bytes")
-        except TimeoutError:
-            raise Refused(408, f"no whole body in {self.limits.seconds:g} s") from None
-        return bytes(raw)
-
-    async def in_thread(self, pool: ThreadPoolExecutor, request: Request, work: Callable, *args):
-        """What a function gives in a thread of a pool. Raises Refused if it takes too long.
-
-        If its turn has not come when the time is over or the client is gone, it is not called.
-        """
-        job = asyncio.ensure_future(self.in_turn(pool, work, *args))
-        gone = asyncio.ensure_future(self.batcher.disconnected(request))
-        try:
-            async with asyncio.timeout(self.limits.seconds):
-                await asyncio.wait((job, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not job.done():
-                raise ClientDisconnect
-            return job.result()
-        except TimeoutError:
-            raise Refused(504, f"no answer in {self.limits.seconds:g} s; try again") from None
-        finally:
-            gone.cancel()
-            job.cancel()
 
     async def in_turn(self, pool: ThreadPoolExecutor, work: Callable, *args):
         """What a function gives in a thread of a pool.
@@ -256,51 +214,44 @@ class SearchRoutes:
         job.add_done_callback(ended)  # also if nobody waits for it any more
         return await asyncio.wrap_future(job)
 
-    async def with_model(self, request: Request, work: Callable, *args) -> dict:
+    async def with_model(self, work: Callable, *args) -> dict:
         """What a function gives that uses the model: it waits for its turn."""
-        return await self.in_thread(self.batcher.worker, request, work, *args)
+        return await self.in_turn(self.batcher.worker, work, *args)
 
     # The handlers
 
-    async def info(self, request: Request) -> dict:
+    async def info(self, request: Request, raw: bytes) -> dict:
         """What there is to search, and within which limits."""
         return self.finder.info | {"upload_bytes": self.limits.upload_bytes}
 
-    async def search(self, request: Request) -> dict:
+    async def search(self, request: Request, raw: bytes) -> dict:
         """Rank images for a sentence."""
-        raw = await self.read_body(request, "application/json", self.limits.body_bytes)
-        asked = asked_for(ImageSearch, request, raw)
-        return await self.with_model(request, self.finder.find_images, asked)
+        return await self.with_model(self.finder.find_images, asked_for(ImageSearch, request, raw))
 
-    async def captions(self, request: Request) -> dict:
+    async def captions(self, request: Request, raw: bytes) -> dict:
         """Rank captions for an image of the data set: ?image=3, and optionally how to rank."""
-        asked = asked_for(CaptionSearch, request)
-        return await self.with_model(request, self.finder.find_captions, asked)
+        return await self.with_model(self.finder.find_captions, asked_for(CaptionSearch, request))
 
-    async def attention(self, request: Request) -> dict:
+    async def attention(self, request: Request, raw: bytes) -> dict:
         """Tell which regions of images the words of a sentence attend to."""
-        raw = await self.read_body(request, "application/json", self.limits.body_bytes)
-        asked = asked_for(AttentionOf, request, raw)
-        return await self.with_model(request, self.finder.look, asked)
+        return await self.with_model(self.finder.look, asked_for(AttentionOf, request, raw))
 
-    async def upload(self, request: Request) -> dict:
+    async def upload(self, request: Request, raw: bytes) -> dict:
         """Rank captions for a picture, the body: image/jpeg or alike."""
         if self.finder.no_uploads:
             raise Refused(404, self.finder.no_uploads)
         asked = asked_for(Ranking, request)
-        raw = await self.read_body(request, "image/*", self.limits.upload_bytes)
-        read = self.finder.pictures.read
-        pixels = await self.in_thread(self.upload_reader, request, read, raw)
-        return await self.with_model(request, self.finder.captions_of_picture, pixels, asked)
+        pixels = await self.in_turn(self.upload_reader, self.finder.pictures.read, bytes(raw))
+        return await self.with_model(self.finder.captions_of_picture, pixels, asked)
 
-    async def photo(self, request: Request) -> Response:
+    async def photo(self, request: Request, raw: bytes) -> Response:
         """The photo of an image of the data set, as a JPEG."""
         text, photos = request.path_params["number"], self.finder.photos
         known = text.isascii() and text.isdecimal() and len(text) < 12 and int(text) < len(photos)
         if not known or photos[int(text)] is None:
             raise Refused(404, f"no photo of image {text[:12]!r}")
         try:
-            data = await self.in_thread(self.photo_readers, request, self.finder.photo, int(text))
+            data = await self.in_turn(self.photo_readers, self.finder.photo, int(text))
         except (InputError, OSError) as error:
             if text not in self.unread:  # not to the client: it names a folder here
                 print(f"warning: {error}", flush=True)

@@ -2,12 +2,14 @@
 
 import argparse
 import base64
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -24,7 +26,10 @@ from vocab import deserialize_vocab
 
 pytest.importorskip("fastapi", reason="pip install fastapi uvicorn")
 
+import uvicorn  # noqa: E402
+
 import serve  # noqa: E402
+from util.connections import ConnectionLimits, configure  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 SIZES = {
@@ -134,3 +139,23 @@ def raw_request(server, head: str, body: bytes = b"") -> bytes:
     )
     with sock, sock.makefile("rb") as reply:
         return reply.read()
+
+
+@contextlib.contextmanager
+def in_thread(limits: serve.Limits, connections: ConnectionLimits, finder=None, **more):
+    """The port of a server in a thread, and its scorer, with limits of a test's own."""
+    loaded = None
+    if finder is not None:
+        loaded = finder.searcher.model, finder.searcher.vocab, finder.searcher.opt
+    path = None if loaded else write_checkpoint(WHOLE)
+    scorer = serve.Scorer(path, None, torch.device("cpu"), limits, loaded)
+    app = serve.build_app(scorer, "model.pth.tar", finder, own_machine=True, **more)
+    server = uvicorn.Server(configure(app, 1, connections))
+    sock = serve.open_socket("127.0.0.1", 0, 64)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+    thread.start()
+    try:
+        yield sock.getsockname()[1], scorer
+    finally:
+        server.should_exit = True
+        thread.join()
