@@ -6,24 +6,26 @@ rest of what an exact resume needs). `opt.model` of ours says which system wrote
 """
 
 import argparse
-import contextlib
 import glob
 import os
 import pickle
 import re
-import shutil
 import tempfile
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import options
 import published
 import systems
-from bert import CONFIG, PIECES, EncoderTextBert, WordPieces, complete_config
+from bert import CONFIG, PIECES, EncoderTextBert, WordPieces, complete_config, source_of
 from published import SAFE
+from util import checkpoint_files
+from util.checkpoint_saving import SaveError, save  # noqa: F401  (the programs save through here)
 from util.cli import InputError
 from util.file_kinds import kind_of
+from util.json_file import fault_of
+from util.state_checks import STEPS, counting_parameters, shown
 from vocab import Vocabulary, deserialize_vocab, existing_file
 
 
@@ -36,7 +38,7 @@ def build_model(opt: argparse.Namespace, vocab_size: int) -> nn.Module:
         except InputError:  # the library is not there
             raise
         except Exception as error:  # the library checks with errors of its own
-            raise InputError(f"BERT's configuration {opt.bert_config}: {error}") from None
+            raise InputError(f"BERT's configuration: {fault_of(error)}") from None
     system = systems.of(opt)
     try:
         model = system.build(opt, vocab_size, text_encoder)
@@ -61,7 +63,19 @@ def state_dicts(model: nn.Module, opt: argparse.Namespace) -> list[dict]:
 
 def load_weights(model: nn.Module, checkpoint: dict, path: str) -> None:
     """Copy a checkpoint's weights into the model; a clear InputError where they do not fit."""
+    for part, state in fitting_weights(model, checkpoint, path):
+        part.load_state_dict(state)
+
+
+def fitting_weights(
+    model: nn.Module, checkpoint: dict, path: str
+) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+    """The parts of a model, each with the weights that a checkpoint has for it.
+
+    Raises InputError where names or shapes do not fit.
+    """
     parts = systems.of(checkpoint["opt"]).parts
+    found = []
     for name, state in zip(parts, checkpoint["model"], strict=True):
         part = getattr(model, name)
         own = part.state_dict()
@@ -81,6 +95,11 @@ def load_weights(model: nn.Module, checkpoint: dict, path: str) -> None:
             for key in own
             if key in state and state[key].shape != own[key].shape
         ]
+        wrong += [
+            f"{key} of dtype {state[key].dtype} where {own[key].dtype} is expected"
+            for key in own
+            if key in state and state[key].is_floating_point() != own[key].is_floating_point()
+        ]
         if wrong:
             advice = "give the options it was trained with"
             if "run" not in checkpoint and any(key not in own for key in state):
@@ -89,7 +108,34 @@ def load_weights(model: nn.Module, checkpoint: dict, path: str) -> None:
                 f"{path}: its weights ({name}) do not fit the options: {'; '.join(wrong[:3])}"
                 f"{' ...' if len(wrong) > 3 else ''}; {advice}"
             )
-        part.load_state_dict(state)
+        found.append((part, state))
+    return found
+
+
+def check_sizes(checkpoint: dict, path: str, vocab_size: int) -> None:
+    """Raise InputError unless the weights are those of the model that the options describe.
+
+    That model is not built: options may ask for a billion layers. It has no numbers here, and no
+    more parameters are made than the file could fill.
+    """
+    opt, states = checkpoint["opt"], checkpoint["model"]
+    try:
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.device("meta"),
+            counting_parameters(2 * sum(map(len, states)) + 100),
+        ):
+            model = build_model(opt, vocab_size)
+    except InputError as error:
+        raise InputError(f"{path}: its options and its weights disagree: {error}") from None
+    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
+        if "meta" in str(error):  # a system's own code may want numbers, and its model is small
+            return
+        said = fault_of(error)
+        raise InputError(
+            f"{path}: its options describe no model that can be built ({said})"
+        ) from None
+    fitting_weights(model, checkpoint, path)
 
 
 def read(path: str, device: str | torch.device = "cpu") -> dict:
@@ -104,6 +150,7 @@ def read(path: str, device: str | torch.device = "cpu") -> dict:
         )
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such checkpoint")
+    checkpoint_files.check_whole(path)
     try:
         with torch.serialization.safe_globals(SAFE):
             checkpoint = torch.load(path, map_location=device, weights_only=True)
@@ -114,7 +161,7 @@ def read(path: str, device: str | torch.device = "cpu") -> dict:
         if isinstance(error, pickle.UnpicklingError) and foreign:
             raise InputError(
                 f"{path}: refused, it would run code or load objects that no checkpoint of this "
-                f"field holds ({foreign[1]}); get the file from its authors"
+                f"field holds ({foreign[1][:100]}); get the file from its authors"
             ) from None
         kind = kind_of(path)
         said = "copy it again" if not kind or "torch.save" in kind else f"it is {kind}"
@@ -127,6 +174,7 @@ def read(path: str, device: str | torch.device = "cpu") -> dict:
 def load(path: str, device: str | torch.device = "cpu") -> dict:
     """Read a checkpoint, ours or published (zip or legacy serialisation, Python 2 or 3).
 
+    Options that do not fit their flags, which no model needs, are left out; `unfit` holds them.
     Ours say which system wrote them. Published ones do not: they are detected by their weights,
     and options that they lack come from the shapes of the weights, then from the paper's defaults.
     Raises FileNotFoundError or InputError.
@@ -135,6 +183,8 @@ def load(path: str, device: str | torch.device = "cpu") -> dict:
     stored = {name: x for name, x in vars(checkpoint["opt"]).items() if x is not None}
     states, known = checkpoint["model"], {}
     if "model" in stored:
+        if not isinstance(stored["model"], str) or len(stored["model"]) > 100:
+            raise InputError(f"{path}: its option model is {shown(stored['model'])}, no system")
         try:
             system = systems.of(checkpoint["opt"])
         except InputError as error:
@@ -155,14 +205,19 @@ def load(path: str, device: str | torch.device = "cpu") -> dict:
             checkpoint["epoch"] = checkpoint.get("epoch", 0) - 1  # Q39
     checkpoint["model"] = states
     filled = options.defaults(system.name)
-    stored = published.fit_options(stored, filled, options.model_options(), path)
+    needed = options.model_options()
+    stored, checkpoint["unfit"] = published.fit_options(stored, filled, needed, path)
     config = stored.get("bert_config", dict.fromkeys(CONFIG, 0))
     if (
         not isinstance(config, dict)
         or config.keys() != set(CONFIG)
         or not all(isinstance(x, (int, float, str)) for x in config.values())
     ):
-        raise InputError(f"{path}: its bert_config is {config!r}, expected {', '.join(CONFIG)}")
+        raise InputError(
+            f"{path}: its bert_config is {shown(config)}, expected {', '.join(CONFIG)}"
+        )
+    if not STEPS.holds(stored.get("vocab_size", 0)):
+        raise InputError(f"{path}: its option vocab_size is {shown(stored['vocab_size'])}")
     filled |= known | stored | {"model": system.name}
     names = {name for state in states for name in state}
     if {PIECES, "embed.weight"} & names:  # the weights tell it for sure
@@ -175,7 +230,7 @@ def word_rows(checkpoint: dict) -> int | None:
     """How many words (or pieces of words) the text encoder has rows for, if it is one of ours."""
     for state in checkpoint["model"]:
         for name in (PIECES, "embed.weight"):
-            if name in state:
+            if name in state and state[name].ndim:
                 return len(state[name])
     return None
 
@@ -240,14 +295,14 @@ def find_pieces(
     """The WordPiece tokens of a checkpoint whose BERT has `rows` rows for them.
 
     Published checkpoints do not hold them: then they are those of the BERT at `vocab_path`, or else
-    at `bert_path`.
+    in the folder `bert_path`; see source_of.
     """
     if stored is not None:
         if vocab_path:
             print(f"notice: {path} holds its own WordPiece tokens, {vocab_path} is not read")
         text = stored.get("tokenizer_json") if isinstance(stored, dict) else None
         return WordPieces(text if isinstance(text, str) else "", path).check_rows(rows, path)
-    source = os.fspath(vocab_path or bert_path)
+    source = source_of(vocab_path, bert_path, path)
     pieces = WordPieces.read(source)
     if len(pieces) != rows:
         raise InputError(
@@ -260,13 +315,13 @@ def find_pieces(
 def find_bert_config(checkpoint: dict, path: str, source: str | os.PathLike | None = None) -> dict:
     """The configuration of a checkpoint's BERT.
 
-    Our checkpoints hold it. For a published one it is that of the BERT at `source`, or else at
-    `bert_path` of its options; see complete_config.
+    Our checkpoints hold it. For a published one it is that of the BERT at `source`, or else in the
+    folder that `bert_path` of its options names; see source_of and complete_config.
     """
     opt = checkpoint["opt"]
     if opt.bert_config.keys() == set(CONFIG):
         return opt.bert_config
-    return complete_config(opt.bert_config, os.fspath(source or opt.bert_path), path)
+    return complete_config(opt.bert_config, source_of(source, opt.bert_path, path), path)
 
 
 def load_model(
@@ -278,35 +333,13 @@ def load_model(
     """
     checkpoint = load(path)
     vocab = find_vocab(checkpoint, path, vocab_path)
+    vocab.max_words = checkpoint["opt"].max_words
     if checkpoint["opt"].text_enc_type == "bert":
         checkpoint["opt"].bert_config = find_bert_config(checkpoint, path, vocab_path)
+    check_sizes(checkpoint, path, len(vocab))
     model = build_model(checkpoint["opt"], len(vocab))
     load_weights(model, checkpoint, path)
     return model.to(device), vocab, checkpoint["opt"]
-
-
-def save(state: dict, directory: str, name: str, is_best: bool = False) -> None:
-    """Write `directory/name`, and `model_best.pth.tar` if it is the best: beside, then renamed.
-
-    A run killed while it writes leaves the old files whole. The best is renamed first: a run that
-    dies between the two resumes from the older checkpoint and comes to the same best again.
-    """
-    path = os.path.join(directory, name)
-    best = os.path.join(directory, "model_best.pth.tar")
-    try:
-        with open(f"{path}.part", "wb") as part:
-            torch.save(state, part)
-            part.flush()
-            os.fsync(part.fileno())
-        if is_best:
-            shutil.copyfile(f"{path}.part", f"{best}.part")
-            os.replace(f"{best}.part", best)
-        os.replace(f"{path}.part", path)
-    except BaseException:  # a full disk, a second Ctrl-C: leave no half file
-        for part in (f"{path}.part", f"{best}.part"):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(part)
-        raise
 
 
 def prepare(directory: str, patterns: tuple[str, ...] = ()) -> None:
@@ -318,6 +351,7 @@ def prepare(directory: str, patterns: tuple[str, ...] = ()) -> None:
     os.makedirs(directory, exist_ok=True)
     with tempfile.TemporaryFile(dir=directory):
         pass
+    checkpoint_files.remove_parts(directory)
     folder = glob.escape(directory)  # its name may hold [, * and ?
     old = [path for pattern in patterns for path in glob.glob(os.path.join(folder, pattern))]
     if old:

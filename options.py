@@ -7,6 +7,7 @@ import systems
 from losses import CRITERIA
 from util.arguments import COUNT, FOLDER, FROM_0, NOT_NEGATIVE, POSITIVE, Parser, fraction
 from util.cli import InputError
+from util.distributed import TIMEOUT
 
 # A switch that a resumed run can also turn off: --no-drop.
 SWITCH = argparse.BooleanOptionalAction
@@ -30,6 +31,14 @@ def add_data_options(group) -> None:
         action=SWITCH,
         default=False,
         help="train even if more than 30 %% of the words of train are not in the vocabulary",
+    )
+    group.add_argument(
+        "--max_words",
+        default=0,
+        type=FROM_0,
+        metavar="N",
+        help="cut captions to their first N words (BERT: pieces of words), also in evaluation and "
+        "search with the checkpoint; 0: no limit",
     )
     group.add_argument(
         "--keep_empty_regions",
@@ -73,7 +82,29 @@ def add_run_options(group) -> None:
         default="",
         metavar="PATH",
         type=os.path.expanduser,
-        help="checkpoint to continue from; its options count, except those given; exact if ours",
+        help="checkpoint to continue from; its options count, except those given; exact if ours; "
+        "auto: the newest whole one in --model_name, or a new run if there is none",
+    )
+    group.add_argument(
+        "--keep",
+        default=0,
+        type=FROM_0,
+        metavar="N",
+        help="keep the checkpoints of the newest N epochs, and the best one; 0: of all epochs",
+    )
+    group.add_argument(
+        "--on_save_error",
+        default="stop",
+        choices=["stop", "continue"],
+        help="what a full disk does when an epoch is saved: end the run, or warn, go on, and save "
+        "again after the next epoch",
+    )
+    group.add_argument(
+        "--rank_timeout",
+        default=TIMEOUT,
+        type=COUNT,
+        metavar="SECONDS",
+        help="under torchrun, end the run if a process does not answer for so long",
     )
     group.add_argument(
         "--reset_start_epoch",
@@ -297,6 +328,8 @@ def parse(argv: list[str] | None = None, stored: dict | None = None) -> argparse
         name = flag.removeprefix("--")
         if system.name not in names and getattr(opt, name) != parser.get_default(name):
             parser.error(f"{flag} is for --model {' | '.join(names)}, not {system.name}")
+    if opt.seed >= 2**63:
+        parser.error("--seed: expected a number below 2^63")
     if opt.obj_drop_rate != parser.get_default("obj_drop_rate") and not opt.drop:
         parser.error("--obj_drop_rate is for --drop")
     if opt.bert_path != parser.get_default("bert_path") and opt.text_enc_type != "bert":

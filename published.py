@@ -4,7 +4,6 @@ import argparse
 import numbers
 import pathlib
 import re
-import reprlib  # repr() of a value from a hostile file may be endless
 import types
 from collections import OrderedDict
 
@@ -16,11 +15,21 @@ from bert import PIECES
 from system import System
 from util.cli import InputError
 from util.plain_pickle import NUMPY, plain_value
+from util.state_checks import LONGEST_TEXT, check_weights, shown, tensor_fault
+
+
+def _short_range(*bounds: int) -> range:
+    """A range that frozenset() can be made of."""
+    numbers = range(*bounds)
+    if len(numbers) > 10**6:
+        raise ValueError("a range of more than 10^6 numbers")
+    return numbers
+
 
 # What files hold besides tensors, and what torch does not know. Nothing here runs code of the
 # file's choosing: numpy's objects and paths are rebuilt by stand-ins, and a path becomes its text.
 SAFE = [argparse.Namespace, types.SimpleNamespace, np.float64, np.float32, np.int64]
-SAFE += [range, slice, frozenset]
+SAFE += [slice, frozenset, (_short_range, "builtins.range")]
 SAFE += [(stand_in, name) for name, stand_in in NUMPY.items()]
 
 
@@ -60,6 +69,7 @@ def clean(checkpoint: dict, path: str) -> dict:
     Raises InputError for everything but a published-style dict of state dicts and options.
     """
     check_contents(checkpoint, path)
+    check_weights(checkpoint["model"], path)
     stored = options_of(checkpoint["opt"])
     checkpoint["opt"] = argparse.Namespace(**{name: plain(x) for name, x in stored.items()})
     for name in {"epoch", "best_rsum", "Eiters"} & checkpoint.keys():
@@ -81,39 +91,40 @@ def plain(x):
     A number of numpy, and an array or a tensor of no dimensions, becomes one of Python.
     """
     x = str(x) if isinstance(x, (torch.device, torch.dtype)) else plain_value(x)
-    single = isinstance(x, np.generic) or (
-        isinstance(x, (np.ndarray, torch.Tensor)) and x.ndim == 0
-    )
-    return x.item() if single else x
+    single = isinstance(x, (np.ndarray, torch.Tensor)) and x.ndim == 0
+    if isinstance(x, torch.Tensor) and tensor_fault(x):
+        single = False
+    return x.item() if single or isinstance(x, np.generic) else x
 
 
-def fit_options(stored: dict, defaults: dict, needed: set[str], path: str) -> dict:
-    """The options of a file in the types of the defaults; those without a default stay as they are.
+def fit_options(stored: dict, defaults: dict, needed: set[str], path: str) -> tuple[dict, dict]:
+    """The options of a file in the types of the defaults, and those that do not fit them.
 
-    JSON has whole numbers as floats too, and 0 and 1 stand for switches. Raises InputError for
-    another type, or a negative count, if the model needs the option (`needed`); one of a run is
-    left out: other programs store other types.
+    Options without a default stay as they are. JSON has whole numbers as floats too, and 0 and 1
+    stand for switches. Raises InputError for another type, a negative count, a number that is not
+    finite or a long text, if the model needs the option (`needed`).
     """
-    found = {}
+    found, unfit = {}, {}
     for name, x in stored.items():
         default = defaults.get(name)
-        number = isinstance(x, (int, float)) and not isinstance(x, bool)
+        number = isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 2**63
         if isinstance(default, bool):
             fits = isinstance(x, bool) or (number and x in (0, 1))
             x = bool(x) if fits else x
         elif isinstance(default, int):
-            fits = number and x >= 0 and x == x // 1  # neither inf nor nan
+            fits = number and x >= 0 and x == x // 1
             x = int(x) if fits else x
         elif isinstance(default, float):
             fits = number
+        elif isinstance(default, str):
+            fits = isinstance(x, str) and len(x) <= LONGEST_TEXT and x.isprintable()
         else:
-            fits = not isinstance(default, str) or isinstance(x, str)
-        if fits:
-            found[name] = x
-        elif name in needed:
-            said = f"its option {name} is {reprlib.repr(x)}, expected such as {default!r}"
+            fits = True
+        (found if fits else unfit)[name] = x
+        if name in needed and not fits:
+            said = f"its option {name} is {shown(x)}, expected such as {default!r}"
             raise InputError(f"{path}: {said}")
-    return found
+    return found, unfit
 
 
 def unwrap(state: dict[str, torch.Tensor]) -> OrderedDict:
