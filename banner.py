@@ -9,6 +9,7 @@ import platform
 import shlex
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -21,8 +22,10 @@ from bert import WordPieces
 from data import PrecompDataset
 from run_log import RunLog
 from run_state import RunState
+from scoring import encode_data, score_matrix
 from text_setup import kind_of_captions
 from util import distributed
+from util.cli import progress
 from util.fingerprint import fingerprint
 from util.git import commit_of
 from util.log import duration
@@ -229,6 +232,36 @@ def summary(opt: argparse.Namespace, folder: str, log: RunLog) -> str:
         f"to evaluate it: {evaluation_command(opt, folder, path if there else opt.resume)}"
     )
     return "\n".join(lines)
+
+
+# A dry run
+
+
+@torch.inference_mode()
+def time_validation(model: nn.Module, dev_set: PrecompDataset, seconds: float = 20.0) -> float:
+    """How long a validation takes; scoring is cut off after some seconds, and extrapolated."""
+    start = time.monotonic()
+    images, captions = encode_data(model, dev_set)
+    encoded = time.monotonic()
+    words = done = 0
+    for group in captions:
+        words += int(dev_set.lengths[group["index"]].sum())
+    for group in captions:
+        score_matrix(model, images, [group], n_captions=dev_set.n_captions)
+        done += int(dev_set.lengths[group["index"]].sum())
+        if time.monotonic() - encoded > seconds:
+            break
+    scoring = time.monotonic() - encoded
+    return encoded - start + scoring * words / max(done, 1)
+
+
+def read_all(dataset: PrecompDataset, name: str) -> None:
+    """Read each image and each caption of a split once, divided between the processes."""
+    ranks = distributed.rank(), distributed.world_size()
+    for image in progress(range(ranks[0], dataset.n_images, ranks[1]), f"reading {name}"):
+        dataset.image_item(image)
+    for caption in range(ranks[0], dataset.n_captions, ranks[1]):
+        dataset.caption_item(caption)
 
 
 def estimate(

@@ -95,6 +95,8 @@ def leave_signals_to_the_loop(worker: int) -> None:
     the loop's step. The loop's own process ends a worker by SIGTERM, so only that one counts.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGBUS"):  # torch's handler would say that shared memory is short
+        signal.signal(signal.SIGBUS, signal.SIG_DFL)
     if not hasattr(signal, "sigwaitinfo"):  # macOS cannot tell who sent a signal
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -47,6 +47,7 @@ from caption_images import CaptionImages, caption_images
 from util.arrays import open_array
 from util.cli import InputError, progress
 from util.folders import SPLITS
+from util.long_captions import encode_lines
 from vocab import Vocabulary, read_captions
 
 DEV_CAPTIONS = 5000  # the published programs validate on the first 5,000 captions (Q2)
@@ -208,16 +209,7 @@ class PrecompDataset(Dataset):
         self, captions: Iterable[str], path: str, vocab: Vocabulary
     ) -> Iterator[list[int]]:
         """Word ids of each line of a caption file."""
-        empty = []
-        for row, caption in enumerate(captions, 1):
-            if not caption.strip():
-                empty.append(row)
-            yield vocab.encode(caption)
-        if empty:
-            print(
-                f"warning: {path}: {len(empty)} empty captions (first at line {empty[0]}), kept "
-                "without a word"
-            )
+        yield from encode_lines(captions, path, vocab)
 
     def _say_what_is_filling(self) -> None:
         """Look at the ends of some rows: enough to say that there is filling."""
@@ -323,10 +315,10 @@ def read_counts(stem: str, rows: int, regions: int) -> np.ndarray | None:
     path = f"{stem}_num_boxes.npy"
     if not os.path.isfile(path):
         return None
-    counts = np.asarray(open_array(path, ndim=1, integers=True))
+    counts = np.array(open_array(path, ndim=1, integers=True))  # a copy, not the mapped file
     if counts.shape != (rows,):
         raise InputError(f"{path}: counts of shape {counts.shape}, expected ({rows},), one per row")
-    wrong = (counts < 1) | (counts > regions) | (counts != counts.astype(int))
+    wrong = (counts < 1) | (counts > regions) | (counts != np.floor(counts))
     if wrong.any():
         row = int(wrong.argmax())
         raise InputError(

@@ -12,26 +12,29 @@ import time
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+import checkpoint as ckpt
 from bert import WordPieces
 from data import PrecompDataset
 from losses import ContrastiveLoss, InfoNCELoss
 from metrics import METRICS
 from run_state import RunState
-from scoring import encode_data, rank_by, score_matrix
+from scoring import rank_by
 from util import distributed
-from util.cli import InputError, progress, say
+from util.cli import InputError, say
 from util.log import (
     Average,
     NoWriter,
     Phase,
     StepLog,
     Writers,
+    append_json,
     duration,
+    forget_epochs_from,
     read_json_lines,
+    room,
     sign_of_life,
 )
 from vocab import Vocabulary
@@ -61,8 +64,9 @@ class RunLog:
         self.validation: float | None = None  # seconds
         self.steps: StepLog | None = None  # of the epoch under way
         self.saved_here = False  # whether this process has saved the best so far
-        log = read_json_lines(os.path.join(opt.logger_name, "log.jsonl"))  # of a resumed run
-        self.best_epoch = next((x["epoch"] for x in log if x["rsum"] == state.best_rsum), None)
+        self.path, self.unwritten = os.path.join(opt.logger_name, "log.jsonl"), []
+        log = read_json_lines(self.path)  # of a resumed run
+        self.best_epoch = next((x["epoch"] for x in log if x.get("rsum") == state.best_rsum), None)
         self.said: set[str] = set()  # kinds of warnings
 
     def __enter__(self):
@@ -151,6 +155,18 @@ class RunLog:
             return f"{said}: better than the best before it ({best:.1f}{which})"
         return f"{said}; the best epoch so far: {best:.1f}{which}"
 
+    def epoch_is_done(self, lr: float, seconds: float, mib: int | None, metrics: dict) -> None:
+        """Write an epoch to log.jsonl, on process 0; `mib` is the peak of its memory."""
+        if distributed.rank() > 0:
+            return
+        state = self.state
+        where = {"epoch": state.epoch, "Eit": state.Eiters, "lr": lr}
+        where["Le"] = state.loss_sum / max(state.loss_count, 1)
+        record = where | {"seconds": round(seconds, 1), "peak_mib": mib} | metrics
+        self.unwritten.append(record | {"best_rsum": state.best_rsum})
+        if append_json(self.path, self.unwritten):
+            self.unwritten = []
+
     def epoch_is_saved(self, is_best: bool) -> None:
         """Call this when the checkpoint of an epoch is written and the next epoch is due."""
         if is_best:
@@ -180,8 +196,26 @@ def open_writer(opt: argparse.Namespace, state: RunState, tracker) -> Writers | 
     """TensorBoard's writer together with the tracker's, on process 0."""
     if distributed.rank() > 0:
         return NoWriter()
-    tb = SummaryWriter(opt.logger_name, purge_step=state.Eiters + 1, flush_secs=5)
+    try:
+        tb = SummaryWriter(opt.logger_name, purge_step=state.Eiters + 1, flush_secs=5)
+    except OSError as error:
+        raise InputError(
+            f"{opt.logger_name}: TensorBoard's events cannot be written "
+            f"({error.strerror or error}, {room(opt.logger_name)}); make room, or give another "
+            "--logger_name"
+        ) from None
     return Writers(tb, tracker)
+
+
+def prepare_folders(opt: argparse.Namespace, state: RunState, fresh: bool) -> None:
+    """Make the output folders; a fresh run moves the files of an earlier one aside."""
+    weights, logs = ("*.pth.tar",), ("log.jsonl", "events.out.tfevents.*")
+    if os.path.realpath(opt.model_name) == os.path.realpath(opt.logger_name):
+        ckpt.prepare(opt.model_name, weights + logs if fresh else ())
+    else:
+        ckpt.prepare(opt.model_name, weights if fresh else ())
+        ckpt.prepare(opt.logger_name, logs if fresh else ())
+    forget_epochs_from(state.epoch, os.path.join(opt.logger_name, "log.jsonl"))
 
 
 def phase_of(criterion: nn.Module, epoch: int) -> tuple[str, bool]:
@@ -343,33 +377,3 @@ def check_pictures(
         draw_pairs(model, dev_set, vocab, Nowhere(), 0)
     except InputError as error:
         raise InputError(f"--log_images: {error}") from None
-
-
-# A dry run
-
-
-@torch.inference_mode()
-def time_validation(model: nn.Module, dev_set: PrecompDataset, seconds: float = 20.0) -> float:
-    """How long a validation takes; scoring is cut off after some seconds, and extrapolated."""
-    start = time.monotonic()
-    images, captions = encode_data(model, dev_set)
-    encoded = time.monotonic()
-    words = done = 0
-    for group in captions:
-        words += int(dev_set.lengths[group["index"]].sum())
-    for group in captions:
-        score_matrix(model, images, [group], n_captions=dev_set.n_captions)
-        done += int(dev_set.lengths[group["index"]].sum())
-        if time.monotonic() - encoded > seconds:
-            break
-    scoring = time.monotonic() - encoded
-    return encoded - start + scoring * words / max(done, 1)
-
-
-def read_all(dataset: PrecompDataset, name: str) -> None:
-    """Read each image and each caption of a split once, divided between the processes."""
-    ranks = distributed.rank(), distributed.world_size()
-    for image in progress(range(ranks[0], dataset.n_images, ranks[1]), f"reading {name}"):
-        dataset.image_item(image)
-    for caption in range(ranks[0], dataset.n_captions, ranks[1]):
-        dataset.caption_item(caption)

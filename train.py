@@ -42,16 +42,16 @@ from run_log import RunLog
 from run_state import RunState
 from text_setup import check_words, read_vocab, set_text_encoder, start_from_vectors
 from util import cli, distributed
+from util.checkpoint_files import INTERRUPTED
 from util.cli import InputError, progress, say
+from util.data_watch import DataWatch
 from util.devices import pick_device, to_device
-from util.log import append_json, forget_epochs_from, sign_of_life
+from util.log import sign_of_life
 from util.memory import peak_mib
 from util.signals import Stop, StopSignal
 from util.tracker import NoTracker, load_tracker, open_tracker
 from util.worker_limits import explain
 from vocab import Vocabulary
-
-INTERRUPTED = "interrupted.pth.tar"
 
 
 @dataclasses.dataclass
@@ -68,6 +68,7 @@ class Run:
     criterion: nn.Module
     optimizer: torch.optim.Optimizer
     state: RunState
+    watch: DataWatch = dataclasses.field(default_factory=DataWatch)  # of the files it reads
     tracker: NoTracker | None = None  # on process 0
     grad_norm: Tensor | None = None  # () of the last step's gradient, before clipping
 
@@ -75,7 +76,8 @@ class Run:
 def main(argv: list[str] | None = None) -> None:
     opt, resumed = run_state.read_options(argv)
     device = pick_device(opt.device)
-    with distributed.process_group(device):
+    with distributed.process_group(device, opt.rank_timeout):
+        run_state.check_agreed(opt)
         job = dry_run if opt.dry_run else train
         job(set_up(opt, device, resumed))
 
@@ -89,7 +91,7 @@ def train(run: Run) -> None:
     if state.epoch >= opt.num_epochs:
         print(f"nothing to do: {state.epoch} epochs are done, --num_epochs is {opt.num_epochs}")
     writer = run_log.open_writer(opt, state, run.tracker)
-    with RunLog(opt, state, run.criterion, run.dev_set, writer) as log:
+    with RunLog(opt, state, run.criterion, run.dev_set, writer) as log, run.watch.explaining():
         try:
             while state.epoch < opt.num_epochs:
                 start, lr = time.time(), start_epoch(run)
@@ -147,11 +149,11 @@ def dry_run(run: Run) -> None:
             state.batch += 1
             run.criterion.epoch = opt.num_epochs - 1  # most epochs are like the last one
         with contextlib.suppress(Stop), stop, sign_of_life("dry run", opt.quiet):
-            validation = run_log.time_validation(run.model, run.dev_set)
+            validation = banner.time_validation(run.model, run.dev_set)
             memory = peak_mib(run.device)  # of mapped files, what a run has in use
             start = time.time()
-            run_log.read_all(run.loader.dataset, "train")
-            run_log.read_all(run.dev_set, "dev")
+            banner.read_all(run.loader.dataset, "train")
+            banner.read_all(run.dev_set, "dev")
         stop.check()
     except Stop:
         raise SystemExit(128 + (stop.received or signal.SIGTERM)) from None
@@ -236,6 +238,7 @@ def start_epoch(run: Run) -> float:
     """Tell all parts which epoch it is; returns its learning rate."""
     opt, state = run.opt, run.state
     lr = opt.learning_rate * 0.1 ** (state.epoch // opt.lr_update)  # Q23
+    run.watch.check()
     for group in run.optimizer.param_groups:
         group["lr"] = lr * group.get("scale", 1.0)  # older checkpoints have no scale
     run.loader.batch_sampler.epoch, run.loader.batch_sampler.first = state.epoch, state.batch
@@ -283,33 +286,30 @@ def validate(
 
 def finish_epoch(run: Run, metrics: dict, start: float, log: RunLog) -> None:
     """Log an epoch that began at `start`, and save it."""
-    opt, state = run.opt, run.state
-    is_best = metrics["rsum"] > state.best_rsum
-    state.best_rsum = max(metrics["rsum"], state.best_rsum)
-    record = {
-        "epoch": state.epoch,
-        "Eit": state.Eiters,
-        "lr": run.optimizer.param_groups[0]["lr"],
-        "Le": state.loss_sum / max(state.loss_count, 1),
-        "seconds": round(time.time() - start, 1),
-        "peak_mib": peak_mib(run.device),
-        **metrics,
-        "best_rsum": state.best_rsum,
-    }
-    if distributed.rank() == 0:
-        append_json(os.path.join(opt.logger_name, "log.jsonl"), record)
+    opt, state, best = run.opt, run.state, run.state.best_rsum
+    state.best_rsum = max(metrics["rsum"], best)
+    lr, seconds = run.optimizer.param_groups[0]["lr"], time.time() - start
+    log.epoch_is_done(lr, seconds, peak_mib(run.device), metrics)
     name = f"checkpoint_{state.epoch}.pth.tar"
     state.epoch, state.batch, state.loss_sum, state.loss_count = state.epoch + 1, 0, 0.0, 0
-    save(run, name, is_best)
-    log.epoch_is_saved(is_best)
+    try:
+        save(run, name, is_best=state.best_rsum > best)
+    except ckpt.SaveError as error:
+        if opt.on_save_error == "stop" or state.epoch == opt.num_epochs:  # no epoch follows
+            raise
+        say(f"warning: {error}; the run goes on, and saves again after the next epoch")
+        state.best_rsum = best  # that of model_best.pth.tar, so that an epoch above it is saved
+    else:
+        log.epoch_is_saved(is_best=state.best_rsum > best)
     if opt.log_images and distributed.rank() == 0:
         run_log.draw_pairs(run.model, run.dev_set, run.vocab, log.writer, state.Eiters)
 
 
 def save(run: Run, name: str, is_best: bool = False) -> None:
-    """Write a checkpoint, on process 0."""
+    """Write a checkpoint, on process 0; none of what was learned from data that has changed."""
     if distributed.rank() > 0:
         return
+    run.watch.check()
     state = {
         "epoch": run.state.epoch - 1,  # the published meaning: the last epoch that is finished
         "model": ckpt.state_dicts(run.model, run.opt),
@@ -320,8 +320,9 @@ def save(run: Run, name: str, is_best: bool = False) -> None:
         "run": run_state.state_dict(
             run.state, run.optimizer, run.criterion, run.device, len(run.loader.dataset)
         ),
+        "data": run.watch.marks,
     }
-    ckpt.save(state, run.opt.model_name, name, is_best)
+    ckpt.save(state, run.opt.model_name, name, is_best, keep=run.opt.keep)
 
 
 # Setting up
@@ -358,7 +359,8 @@ def set_up(opt: argparse.Namespace, device: torch.device, resumed: dict | None =
     if not opt.quiet:
         sets = train_set, dev_set
         say(banner.banner(opt, device, vocab, *sets, model, criterion, loader.num_workers))
-    run = Run(opt, device, vocab, loader, dev_set, model, model, criterion, optimizer, RunState())
+    parts = vocab, loader, dev_set, model, model, criterion, optimizer
+    run = Run(opt, device, *parts, RunState(), DataWatch(train_set, dev_set))
     fresh = resumed is None or opt.reset_start_epoch
     if resumed:
         run_state.load_weights(model, resumed, opt)
@@ -366,6 +368,7 @@ def set_up(opt: argparse.Namespace, device: torch.device, resumed: dict | None =
             run_state.restore(
                 resumed, run.state, optimizer, criterion, opt, n_captions=len(train_set)
             )
+            run.watch.compare(resumed.get("data"), opt.resume)
         what = "its weights" if fresh else run_state.in_words(run.state)
         print(f"=> loaded {opt.resume}: {what}")
     elif opt.wemb_type or opt.wemb_path:
@@ -379,19 +382,8 @@ def set_up(opt: argparse.Namespace, device: torch.device, resumed: dict | None =
     distributed.barrier()  # all have read the files that process 0 may move aside now
     if distributed.rank() == 0 and not opt.dry_run:
         run.tracker = open_tracker(opt.tracker, opt.model_name, vars(opt))
-        prepare_folders(opt, fresh)
-        forget_epochs_from(run.state.epoch, os.path.join(opt.logger_name, "log.jsonl"))
+        run_log.prepare_folders(opt, run.state, fresh)
     return run
-
-
-def prepare_folders(opt: argparse.Namespace, fresh: bool) -> None:
-    """Make the output folders; a fresh run moves the files of an earlier one aside."""
-    weights, logs = ("*.pth.tar",), ("log.jsonl", "events.out.tfevents.*")
-    if os.path.realpath(opt.model_name) == os.path.realpath(opt.logger_name):
-        ckpt.prepare(opt.model_name, weights + logs if fresh else ())
-    else:
-        ckpt.prepare(opt.model_name, weights if fresh else ())
-        ckpt.prepare(opt.logger_name, logs if fresh else ())
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ from util.arrays import open_array, read_sizes
 from util.cli import InputError, replacing, run
 from util.devices import pick_device
 from util.fingerprint import fingerprint
+from util.log import read_json_lines
 from vocab import read_captions
 
 PROTOCOL = (
@@ -160,12 +161,6 @@ def prepare(opt: argparse.Namespace) -> list[str]:
     return [*data, "--vocab_path", opt.vocab_path, "--img_dim", str(numbers)]
 
 
-def read_log(folder: Path) -> list[dict]:
-    """The log of train.py, one dict per epoch."""
-    path = folder / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
 def train(folder: Path, flags: list[str]) -> list[dict]:
     """Run train.py in a folder from its last whole epoch on; return its log. Output: train.log."""
     command = [sys.executable, str(ROOT / "train.py"), *flags]
@@ -191,7 +186,7 @@ def train(folder: Path, flags: list[str]) -> list[dict]:
     if code:
         last = (folder / "train.log").read_text().strip().splitlines()[-1]
         raise InputError(f"{folder}/train.log: training ended with {code}: {last}")
-    return read_log(folder)
+    return read_json_lines(folder / "log.jsonl")
 
 
 def fit(folder: Path, flags: list[str], opt: argparse.Namespace) -> list[dict]:
@@ -202,7 +197,7 @@ def fit(folder: Path, flags: list[str], opt: argparse.Namespace) -> list[dict]:
 
     if opt.num_epochs:
         return train(folder, flags + schedule(opt.num_epochs))
-    log = read_log(folder)
+    log = read_json_lines(folder / "log.jsonl")
     if len(log) < 2:  # the rate stays the same in both
         log = train(folder, [*flags, "--num_epochs", "2", "--lr_update", "2"])
     # The first epoch, with the summed hinge loss, is slower.
@@ -232,7 +227,7 @@ def one_run(
         return json.loads(done.read_text()), read_ranks(ranks)
     print(f"{SYSTEMS[system].compared[0]}, seed {seed}: {shlex.join(flags)}", flush=True)
     # A result without ranks, of an older version, is of a finished training.
-    log = read_log(folder) if done.is_file() else fit(folder, flags, opt)
+    log = read_json_lines(folder / "log.jsonl") if done.is_file() else fit(folder, flags, opt)
     best = str(folder / "model_best.pth.tar")
     model, _, _ = ckpt.load_model(best)
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -246,14 +246,34 @@ def test_a_process_that_dies_ends_the_run(tiny):
     """They end with a message and without a half-written checkpoint."""
     running = start(*train_args(num_epochs=10000, log_step=1))
     wait_for(running, "Epoch: [1]")
-    ranks = [
-        int(pid) for pid in os.listdir("/proc") if pid.isdigit() and parent_of(pid) == running.pid
-    ]
-    assert len(ranks) == 2
-    os.kill(max(ranks), signal.SIGKILL)
+    os.kill(max(ranks_of(running)), signal.SIGKILL)
     out = running.communicate(timeout=60)[0]
     assert running.returncode != 0
     assert "lost another process of the run" in out and "SIGABRT" not in out
+    check_what_is_left()
+
+
+def test_a_process_that_stops_ends_the_run(tiny):
+    """It goes on when the others have waited long enough, and ends like them."""
+    running = start(*train_args(num_epochs=10000, log_step=1, rank_timeout=6))
+    wait_for(running, "Epoch: [1]")
+    stopped = max(ranks_of(running))
+    os.kill(stopped, signal.SIGSTOP)
+    wait_for(running, "error: process 0 of 2: another process of the run did not answer for 6 s")
+    os.kill(stopped, signal.SIGCONT)
+    out = running.communicate(timeout=60)[0]
+    assert running.returncode != 0 and "SIGABRT" not in out
+    check_what_is_left()
+
+
+def ranks_of(running: subprocess.Popen) -> list[int]:
+    """The processes of a run."""
+    found = [int(x) for x in os.listdir("/proc") if x.isdigit() and parent_of(x) == running.pid]
+    assert len(found) == 2
+    return found
+
+
+def check_what_is_left() -> None:
     assert not list(Path("run").glob("*.part")) and not Path("run/interrupted.pth.tar").exists()
     for path in Path("run").glob("*.pth.tar"):
         ckpt.load(str(path))

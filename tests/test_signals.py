@@ -54,6 +54,22 @@ def test_a_signal_stops_at_the_next_check_or_at_once(number):
     assert handlers() == before
 
 
+@pytest.mark.parametrize("first", BOTH)
+def test_another_sigterm_does_not_interrupt_the_save_but_ctrl_c_does(first):
+    stop = StopSignal()
+    try:
+        os.kill(os.getpid(), first)
+        with pytest.raises(Stop):
+            stop.check()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.pause()
+    finally:
+        stop.restore()
+    assert stop.received == first
+
+
 def test_a_thread_leaves_the_signals_to_the_main_thread():
     def use():
         before = handlers()

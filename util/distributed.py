@@ -6,6 +6,7 @@ one process with the whole batch. Without torchrun, the functions here do nothin
 """
 
 import contextlib
+import datetime
 import gc
 import os
 import signal
@@ -21,6 +22,8 @@ import torch.distributed.nn  # noqa: F401
 from torch import Tensor
 
 from util.cli import InputError
+
+TIMEOUT = 1800  # seconds that a process waits for the others, as in PyTorch with gloo
 
 
 def rank() -> int:
@@ -43,14 +46,14 @@ def clear_frames(error: BaseException) -> None:
 
 
 @contextlib.contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
+def process_group(device: torch.device, timeout: int = TIMEOUT) -> Iterator[None]:
     """Join the other processes if torchrun started this one; `device` is this process's device.
 
     Gathers use NCCL on GPUs, one GPU per process, and gloo on CPUs. Only process 0 prints. If a
-    process ends early, the others end with an InputError. All objects made within this context must
-    be freed at its end, also those in the frames of an exception. If something still refers to the
-    group, the process can abort or hang at exit: gloo's threads wait for Python's lock to free the
-    last tensors.
+    process ends early, or does not answer for `timeout` seconds, the others end with an InputError.
+    All objects made within this context must be freed at its end, also those in the frames of an
+    exception. If something still refers to the group, the process can abort or hang at exit: gloo's
+    threads wait for Python's lock to free the last tensors.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun did not start it
         yield
@@ -58,7 +61,10 @@ def process_group(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # Counts and lengths stay on the host, so NCCL alone is not enough.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        timeout=datetime.timedelta(seconds=timeout),
+    )
     agreed = False  # whether all processes end here
     with contextlib.ExitStack() as stack:
         if rank() > 0:
@@ -76,8 +82,7 @@ def process_group(device: torch.device) -> Iterator[None]:
             clear_frames(error)
             if lost:
                 raise InputError(
-                    f"process {rank()} of {world_size()}: lost another process of the run; the "
-                    "reason stands near this line, or as an exit code in torchrun's report below; "
+                    f"process {rank()} of {world_size()}: {what_is_lost(str(error), timeout)}; "
                     "checkpoints already written are whole: go on from the newest with --resume "
                     f"({str(error).splitlines()[0]})"
                 ) from error
@@ -88,6 +93,19 @@ def process_group(device: torch.device) -> Iterator[None]:
             # for processes that have failed.
             if agreed or device.type == "cpu":
                 dist.destroy_process_group()
+
+
+def what_is_lost(said: str, timeout: int) -> str:
+    """What an error of PyTorch's says of the other processes."""
+    if "timed out" in said.lower() or "timeout" in said.lower():
+        return (
+            f"another process of the run did not answer for {timeout} s: it was stopped, or it "
+            "hangs, or it needs longer than --rank_timeout"
+        )
+    return (
+        "lost another process of the run; the reason stands near this line, or as an exit code in "
+        "torchrun's report below"
+    )
 
 
 def barrier() -> None:

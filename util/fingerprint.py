@@ -1,12 +1,16 @@
-"""Fingerprints of captions: they tell from which captions a vocabulary was built."""
+"""Fingerprints of captions and of features: they tell whether two files hold the same."""
 
 import hashlib
 import os
 from collections.abc import Iterable
 
+import numpy as np
+
 from util.captions import read_captions
 
 KEYS = {"sha256": str, "lines": int, "name": str}
+SAMPLE = 2**24  # bytes of an array that are hashed, or SAMPLED_ROWS rows if these are more
+SAMPLED_ROWS = 16
 
 
 def fingerprint(folder: str | os.PathLike, name: str = "caps") -> dict | None:
@@ -65,3 +69,17 @@ def file_hash(path: str) -> str:
     """The SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sampled_rows(n: int, most: int = SAMPLED_ROWS) -> list[int]:
+    """At most `most` of n rows, evenly spread, the first and the last among them."""
+    return np.unique(np.linspace(0, n - 1, most).astype(int)).tolist() if n > most else [*range(n)]
+
+
+def sampled_hash(array: np.ndarray) -> str:
+    """The SHA-256 of rows spread over an array: of all of them if it is small."""
+    most = max(SAMPLED_ROWS, SAMPLE // max(array[:1].nbytes, 1))
+    digest = hashlib.sha256(f"{array.shape} {array.dtype.str}".encode())
+    for row in sampled_rows(len(array), most):
+        digest.update(np.ascontiguousarray(array[row]).tobytes())
+    return digest.hexdigest()

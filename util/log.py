@@ -3,9 +3,11 @@
 import contextlib
 import json
 import os
+import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -167,22 +169,48 @@ class StepLog:
 
 
 class Writers:
-    """TensorBoard's writer and a tracker (util/tracker.py), which gets the same."""
+    """TensorBoard's writer and a tracker (util/tracker.py), which gets the same.
+
+    A full disk must not end a training of days for its charts: that TensorBoard's events cannot be
+    written is said once, and it gets nothing more.
+    """
 
     def __init__(self, tb, tracker):
         self.tb, self.tracker = tb, tracker
+        self.hook = threading.excepthook
+        threading.excepthook = self._leave_out_events  # a thread of TensorBoard's writes them
 
     def add_scalar(self, tag: str, value: float, step: int, when: float | None = None) -> None:
-        self.tb.add_scalar(tag, value, step, when)
+        self._try(lambda tb: tb.add_scalar(tag, value, step, when))
         self.tracker.add_scalar(tag, value, step)
 
     def add_figure(self, tag: str, figure, step: int) -> None:
         self.tracker.add_figure(tag, figure, step)
-        self.tb.add_figure(tag, figure, step)  # closes the figure
+        self._try(lambda tb: tb.add_figure(tag, figure, step))  # closes the figure
 
     def close(self) -> None:
-        self.tb.close()
+        self._try(lambda tb: tb.close())
+        threading.excepthook = self.hook
         self.tracker.close()
+
+    def _try(self, call: Callable) -> None:
+        if self.tb is None:
+            return
+        try:
+            call(self.tb)
+        except OSError as error:
+            folder, self.tb = self.tb.log_dir, None
+            say(
+                f"warning: {folder}: TensorBoard's events cannot be written "
+                f"({error.strerror or error}, {room(folder)}); the run goes on without them, and "
+                "log.jsonl has the metrics"
+            )
+
+    def _leave_out_events(self, args: threading.ExceptHookArgs) -> None:
+        """Print no traceback of TensorBoard's thread: the next call here raises its error again."""
+        ours = type(args.thread).__module__.startswith("tensorboard.")
+        if not (ours and issubclass(args.exc_type, OSError)):
+            self.hook(args)
 
 
 class NoWriter:
@@ -198,27 +226,82 @@ class NoWriter:
         pass
 
 
-def append_json(path: str, record: dict) -> None:
-    """Append one JSON line."""
-    with open(path, "a") as log:
-        log.write(json.dumps(record) + "\n")
+def room(folder: str) -> str:
+    """How much of a file system is free, in words."""
+    try:
+        return f"{shutil.disk_usage(folder).free:,} bytes are free there"
+    except OSError:
+        return "the folder cannot be reached"
 
 
-def read_json_lines(path: str) -> list[dict]:
-    """The lines of a log; none if there is no such file."""
+def append_json(path: str, records: list[dict]) -> bool:
+    """Append a JSON line for each record: all of them, or with a warning and False none."""
+    lines = "".join(f"{json.dumps(record)}\n" for record in records).encode()
+    size = os.path.getsize(path) if os.path.isfile(path) else 0
+    try:
+        with open(path, "ab") as log:
+            log.write(lines)
+        return True
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)  # no half line
+        say(
+            f"warning: {path}: {len(lines):,} bytes could not be written "
+            f"({error.strerror or error}, {room(os.path.dirname(path) or '.')}); the run goes on, "
+            "and tries again after the next epoch"
+        )
+        return False
+
+
+def read_json_lines(path: str | os.PathLike) -> list[dict]:
+    """The epochs in a log; none if there is no such file.
+
+    Damaged lines, as a power cut leaves one at the end, are left out with a notice.
+    """
     if not os.path.isfile(path):
         return []
-    with open(path) as log:
-        return [json.loads(line) for line in log]
+    lines, damaged = _epochs_in(Path(path).read_bytes())
+    if damaged:
+        print(f"notice: {path}: {in_words(damaged)}; left out")
+    return [record for _, record in lines]
 
 
 def forget_epochs_from(epoch: int, path: str) -> None:
-    """Drop the log's lines of `epoch` and later ones, which a resumed run will write again."""
+    """Drop the log's lines of `epoch` and later ones, which a resumed run will write again.
+
+    Damaged lines are dropped too; a log with one is first copied to `{path}.damaged`.
+    """
     if not os.path.isfile(path):
         return
-    with open(path) as log:
-        lines = log.readlines()
-    kept = [line for line in lines if json.loads(line)["epoch"] < epoch]
-    if len(kept) < len(lines):
-        with replacing(path) as part, open(part, "w") as log:
-            log.writelines(kept)
+    content = Path(path).read_bytes()
+    lines, damaged = _epochs_in(content)
+    if damaged:
+        shutil.copyfile(path, f"{path}.damaged")
+        print(f"notice: {path}: {in_words(damaged)}; dropped, {path}.damaged has the old file")
+    kept = b"".join(line + b"\n" for line, record in lines if record["epoch"] < epoch)
+    if kept != content:
+        with replacing(path) as part:
+            Path(part).write_bytes(kept)
+
+
+def in_words(damaged: list[int]) -> str:
+    """Which lines of a log are damaged."""
+    which = f"line {damaged[0]} is damaged"
+    if len(damaged) > 1:
+        which = f"{len(damaged)} lines are damaged, the first is line {damaged[0]}"
+    return f"{which} (a power cut, or a full disk)"
+
+
+def _epochs_in(content: bytes) -> tuple[list[tuple[bytes, dict]], list[int]]:
+    """The lines of a log with what they hold, and the numbers of its damaged lines."""
+    lines, damaged = [], []
+    for number, line in enumerate(content.split(b"\n"), 1):
+        try:
+            record = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict) and type(record.get("epoch")) is int:
+            lines.append((line, record))
+        elif line.strip():
+            damaged.append(number)
+    return lines, damaged

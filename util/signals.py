@@ -15,9 +15,11 @@ class StopSignal:
 
     An optimizer step must not be interrupted. A validation changes nothing, so it may stop
     anywhere: it runs within `with`, and a `check` follows it. Several processes all stop at the
-    same check. Python itself handles a second signal; several processes ignore it, because torchrun
-    sends Ctrl-C again. Outside of the main thread, where Python allows no handlers, nothing is
-    changed: signals are then the main thread's.
+    same check. After the first signal, a SIGTERM is ignored, so that none interrupts the save: a
+    scheduler may send it to every process of a job, and torchrun sends it on. A second Ctrl-C stops
+    at once; several processes ignore it, because torchrun sends that again, too. Outside of the
+    main thread, where Python allows no handlers, nothing is changed: signals are then the main
+    thread's.
     """
 
     def __init__(self):
@@ -29,11 +31,10 @@ class StopSignal:
         self.before = {number: signal.signal(number, self._handle) for number in numbers}
 
     def _handle(self, number, frame):
-        if distributed.world_size() > 1:
-            for either in self.before:
-                signal.signal(either, signal.SIG_IGN)
-        else:
-            signal.signal(number, signal.default_int_handler)
+        several = distributed.world_size() > 1
+        for either in self.before:
+            waits = several or either == signal.SIGTERM
+            signal.signal(either, signal.SIG_IGN if waits else signal.default_int_handler)
         self.received = number
         print(f"\n{signal.Signals(number).name}: stopping after this step ...", flush=True)
         if self.at_once:
