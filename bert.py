@@ -5,7 +5,6 @@ NAACL 2019 (arXiv:1810.04805). A piece is a WordPiece token. Shapes: C captions,
 size of BERT, D joint dimension.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable
@@ -16,6 +15,9 @@ from torch import Tensor, nn
 
 from model import l2norm
 from util.cli import InputError
+from util.hub import offline
+from util.json_file import fault_of, first_line, parse_json, shown_value
+from util.long_captions import cut
 
 PIECES = "bert.embeddings.word_embeddings.weight"  # a key in the weights of a text encoder
 
@@ -25,6 +27,18 @@ CONFIG = (
     *("intermediate_size", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob"),
     *("max_position_embeddings", "type_vocab_size", "layer_norm_eps"),
 )
+# The largest that a file may say. The largest BERTs have 250,000 pieces, 2,560 numbers, 48 layers.
+MOST = {
+    **{"vocab_size": 10**7, "hidden_size": 10**5, "num_hidden_layers": 1000},
+    **{"num_attention_heads": 10**4, "intermediate_size": 10**6},
+    **{"max_position_embeddings": 10**6, "type_vocab_size": 1000},
+}
+# The parts of BERT's tokenizers; others may hold regular expressions that never end.
+PARTS = {
+    *("BertNormalizer", "Lowercase", "StripAccents", "Strip", "NFC", "NFD", "NFKC", "NFKD"),
+    *("BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Punctuation", "Sequence"),
+}
+LONGEST_WORD = 1000  # letters; BERT's own tokenizers have 100
 
 
 def library():
@@ -40,11 +54,30 @@ def library():
     return transformers
 
 
+def source_of(given: str | os.PathLike | None, named: str, path: str) -> str:
+    """The BERT that a checkpoint's missing tokens or configuration come from: a folder or a name.
+
+    It is what the user has `given`, or else the folder that the options of the checkpoint at `path`
+    have `named`. A name in a file is not looked up: a file must not choose a network request.
+    """
+    if given:
+        return os.fspath(given)
+    if os.path.isdir(named):
+        print(f"notice: {path}: what it lacks of its BERT is read from {named}, as its options say")
+        return named
+    raise InputError(
+        f"{path}: it does not hold its BERT's tokens and configuration, and its options name "
+        f"{shown_value(named)}, which is no folder here and is not looked up; give --vocab_path "
+        "(to train: --bert_path) the folder, or the name, of the BERT that it started from"
+    )
+
+
 def fetch(what: str, path: str, read: Callable, *files: str):
     """The result of `read` on a folder, or on a name that the library's hub knows (Q37).
 
-    If `files` are given, a folder must hold one of them, and the hub must hold the last one. `what`
-    names the result in errors.
+    `read` is a function of the library that takes `local_files_only`. If `files` are given, a
+    folder must hold one of them, and the hub must hold the last one. `what` names the result in
+    errors. Whatever a folder holds, the library asks for nothing elsewhere.
     """
     transformers = library()
     folder = os.path.isdir(path)
@@ -57,18 +90,19 @@ def fetch(what: str, path: str, read: Callable, *files: str):
             there = [file for file in files if os.path.isfile(os.path.join(path, file))]
             if files and not there:
                 raise FileNotFoundError(f"no {' or '.join(files)} in it")
-        elif files:
+            with offline():
+                return read(path, local_files_only=True)
+        if files:
             transformers.utils.cached_file(path, files[-1])
         return read(path)
     except Exception as error:  # a damaged or hostile file can fail anywhere in the library
         where = (
             "" if folder else ", which is not a folder, and its files are not in the local cache"
         )
-        said = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
-            f"BERT {path}{where}: no {what} could be read ({said[0]}); give --bert_path (to "
-            "evaluate: --vocab_path) a folder with config.json, model.safetensors and vocab.txt, "
-            "as of bert-base-uncased"
+            f"BERT {path}{where}: no {what} could be read ({fault_of(error)}); give --bert_path "
+            "(to evaluate: --vocab_path) a folder with config.json, model.safetensors and "
+            "vocab.txt, as of bert-base-uncased"
         ) from None
 
 
@@ -76,6 +110,7 @@ class WordPieces:
     """BERT's tokenizer in place of a Vocabulary: encode() gives [CLS], the pieces, [SEP]."""
 
     unknown, mask, pieces = "[UNK]", "[MASK]", True
+    max_words = 0  # see encode
 
     def __init__(self, text: str, source: str):
         """`text` is the tokenizer in the tokenizers library's JSON; `source` names it in errors."""
@@ -83,22 +118,18 @@ class WordPieces:
         from tokenizers import Tokenizer
 
         try:
+            check_parts(parse_json(text))
             self.tokenizer = Tokenizer.from_str(text)
-            model = json.loads(text)["model"]
         except Exception as error:  # the library raises errors of many types
-            raise InputError(f"{source}: not a tokenizer ({error})") from None
-        # The library adds special tokens that a file lacks, but it cannot use them then.
-        special = ["[CLS]", "[SEP]", self.unknown, self.mask]
-        if model.get("type") != "WordPiece" or not model["vocab"].keys() >= set(special):
-            raise InputError(
-                f"{source}: not BERT's tokens: expected WordPiece, {' '.join(special)} among its "
-                "pieces"
-            )
+            said = first_line(str(error)) or type(error).__name__
+            raise InputError(f"{source}: not BERT's tokens: {said}") from None
         # "[MASK]" in a caption is plain text: published programs split it like other text (Q38).
         self.tokenizer.encode_special_tokens = True
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.word2idx = self.tokenizer.get_vocab()
+        if self.tokenizer.encode("").tokens != ["[CLS]", "[SEP]"]:
+            raise InputError(f"{source}: not BERT's tokens: no [CLS] and [SEP] around a caption")
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "WordPieces":
@@ -124,7 +155,11 @@ class WordPieces:
         return max(self.word2idx.values()) + 1
 
     def encode(self, caption: str) -> list[int]:
-        """The ids of a caption's pieces, between [CLS] and [SEP]."""
+        """The ids of a caption's pieces, the first `max_words` if it is not 0, in [CLS], [SEP]."""
+        return cut(self.encode_whole(caption), self.max_words)
+
+    def encode_whole(self, caption: str) -> list[int]:
+        """The ids of all pieces of a caption, between [CLS] and [SEP]."""
         return self.tokenizer.encode(caption).ids
 
     def state_dict(self) -> dict:
@@ -132,17 +167,80 @@ class WordPieces:
         return {"tokenizer_json": self.tokenizer.to_str()}
 
 
+def check_parts(tokenizer: dict) -> None:
+    """Raise ValueError unless the JSON of a tokenizer has BERT's parts only."""
+    model = tokenizer["model"]
+    # The library adds special tokens that a file lacks, but it cannot use them then.
+    special = ["[CLS]", "[SEP]", WordPieces.unknown, WordPieces.mask]
+    if model.get("type") != "WordPiece" or not model["vocab"].keys() >= set(special):
+        raise ValueError(f"expected WordPiece, {' '.join(special)} among its pieces")
+    if not 0 < model.get("max_input_chars_per_word", 100) <= LONGEST_WORD:
+        raise ValueError(f"expected words of at most {LONGEST_WORD} letters")
+    parts = [tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")]
+    while parts:
+        part = parts.pop()
+        if part is not None:
+            if part.get("type") not in PARTS:
+                raise ValueError(f"a part {shown_value(part.get('type'))}, which no BERT has")
+            parts += part.get("normalizers", []) + part.get("pretokenizers", [])
+
+
 def read_config(path: str) -> dict:
     """The configuration (the names of CONFIG) of the BERT at a path."""
     kind = library().BertConfig
-    raw = fetch("config.json", path, lambda path: kind.get_config_dict(path)[0], "config.json")
+    raw, _ = fetch("config.json", path, kind.get_config_dict, "config.json")
+    if not isinstance(raw, dict):
+        raise InputError(f"BERT {path}: config.json: expected a JSON object")
     if raw.get("model_type", "bert") != "bert":
-        raise InputError(f"BERT {path}: a {raw['model_type']} model, expected bert")
+        said = shown_value(raw["model_type"]).strip("'")
+        raise InputError(f"BERT {path}: a {said} model, expected bert")
     try:
         config = kind(**{name: raw[name] for name in CONFIG if name in raw})
     except Exception as error:  # the library raises its own errors for types
-        raise InputError(f"BERT {path}: config.json: {str(error).splitlines()[0]}") from None
-    return {name: getattr(config, name) for name in CONFIG}
+        raise InputError(f"BERT {path}: config.json: {fault_of(error)}") from None
+    config = {name: getattr(config, name) for name in CONFIG}
+    check_config(config, f"BERT {path}: config.json")
+    check_size(config, path)
+    return config
+
+
+def check_config(config: dict, source: str) -> None:
+    """Raise InputError unless BERT's configuration has possible values; `source` names it."""
+    for name, most in MOST.items():
+        if type(config[name]) is not int or not 1 <= config[name] <= most:
+            raise InputError(
+                f"{source}: {name} is {shown_value(config[name])}, expected a whole number from 1 "
+                f"to {most:,}"
+            )
+    ends = {"layer_norm_eps": 1, "hidden_dropout_prob": 1, "attention_probs_dropout_prob": 1}
+    for name, most in ends.items():
+        x = config[name]
+        if isinstance(x, bool) or not isinstance(x, (int, float)) or not 0 <= x <= most:
+            raise InputError(f"{source}: {name} is {shown_value(x)}, expected from 0 to {most}")
+    if not isinstance(config["hidden_act"], str):
+        raise InputError(f"{source}: hidden_act is {shown_value(config['hidden_act'])}")
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    if width % heads:
+        raise InputError(f"{source}: hidden_size {width}, which {heads} heads cannot share")
+
+
+def check_size(config: dict, path: str) -> None:
+    """Raise InputError if the files of weights in a folder are too small for a configuration.
+
+    So a false number in a small file does not fill the memory.
+    """
+    if not os.path.isdir(path):
+        return
+    ends = ".safetensors", ".bin"
+    held = sum(entry.stat().st_size for entry in os.scandir(path) if entry.name.endswith(ends))
+    words = config["vocab_size"] + config["max_position_embeddings"] + config["type_vocab_size"]
+    layer = 4 * config["hidden_size"] + 2 * config["intermediate_size"]
+    numbers = config["hidden_size"] * (words + config["num_hidden_layers"] * layer)
+    if held and numbers > held:  # not even a byte for each
+        raise InputError(
+            f"BERT {path}: config.json describes {numbers:,} weights, but the files of weights "
+            f"hold {held:,} bytes"
+        )
 
 
 def pretrained(path: str) -> dict[str, Tensor]:
@@ -153,6 +251,7 @@ def pretrained(path: str) -> dict[str, Tensor]:
         attn_implementation="sdpa",  # not the file's choice, which can be code from elsewhere
     )
     model, report = fetch("weights", path, read)
+    state = model.state_dict()
     # Only the parts that are used must fit: files also hold heads for pretraining.
     wrong = [f"no {name}" for name in sorted(report["missing_keys"]) if "pooler." not in name]
     wrong += [
@@ -167,7 +266,10 @@ def pretrained(path: str) -> dict[str, Tensor]:
             f"BERT {path}: its weights are not those of its config.json: {', '.join(wrong[:3])}"
             f"{more}"
         )
-    return model.state_dict()
+    odd = [name for name, x in state.items() if not torch.isfinite(x).all()]
+    if odd:
+        raise InputError(f"BERT {path}: its weights {odd[0]} hold NaN or Inf")
+    return state
 
 
 def infer_config(state: dict[str, Tensor]) -> dict:

@@ -333,6 +333,8 @@ class GSMNSystem(System):
             raise InputError(
                 "--is_sparse: its pairs are of words, but BERT reads captions as pieces of words"
             )
+        if opt.is_sparse and opt.max_words:
+            raise InputError("--is_sparse: its pairs are of whole captions, --max_words cuts them")
 
     def build(self, opt, vocab_size, text_encoder=None) -> GSMN:
         return GSMN(

@@ -27,17 +27,30 @@ def set_text_encoder(opt: argparse.Namespace, resumed: dict | None) -> None:
     if opt.text_enc_type != "bert":
         return
     if resumed:
-        opt.bert_config = ckpt.find_bert_config(resumed, opt.resume, opt.bert_path)
+        opt.bert_config = ckpt.find_bert_config(resumed, opt.resume, typed_bert(opt, resumed))
     else:
         opt.bert_config = read_config(opt.bert_path)
 
 
+def typed_bert(opt: argparse.Namespace, resumed: dict) -> str | None:
+    """The --bert_path of the command line; else it is that of the checkpoint's options."""
+    return opt.bert_path if resumed.get("bert_given") else None
+
+
 def read_vocab(opt: argparse.Namespace, resumed: dict | None) -> Vocabulary | WordPieces:
+    """The vocabulary of a run, which cuts captions to --max_words."""
+    vocab = find_vocab(opt, resumed)
+    vocab.max_words = opt.max_words
+    return vocab
+
+
+def find_vocab(opt: argparse.Namespace, resumed: dict | None) -> Vocabulary | WordPieces:
     """The vocabulary file of the options, or BERT's; a resumed checkpoint must agree with it."""
     if opt.text_enc_type == "bert":
         if resumed:
             published = resumed.get("vocab") is None
-            return ckpt.find_vocab(resumed, opt.resume, opt.bert_path if published else None)
+            given = typed_bert(opt, resumed) if published else None
+            return ckpt.find_vocab(resumed, opt.resume, given)
         rows = opt.bert_config["vocab_size"]
         return WordPieces.read(opt.bert_path).check_rows(rows, opt.bert_path)
     if resumed is None:

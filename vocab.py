@@ -10,7 +10,6 @@ import functools
 import json
 import numbers
 import os
-import reprlib  # repr() of a value from a hostile file may be endless
 import shutil
 import string
 import sys
@@ -22,9 +21,10 @@ import nltk
 from util.arguments import Parser
 from util.captions import ASCII_BLANKS, read_captions
 from util.cli import InputError, progress, replacing, run
-from util.file_kinds import kind_of
 from util.fingerprint import fingerprint_of, is_fingerprint, other_captions
 from util.folders import find_folder
+from util.json_file import read_json, shown_value
+from util.long_captions import cut
 from util.plain_pickle import load_vocabulary
 
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
@@ -101,6 +101,7 @@ class Vocabulary:
 
     unknown, mask = "<unk>", "<mask>"  # only a system or --drop adds the mask
     pieces = False  # a word is one token
+    max_words = 0  # see words
 
     def __init__(self, tokenizer: str | None = None, lower: str = UNICODE):
         self.word2idx: dict[str, int] = {}
@@ -124,12 +125,20 @@ class Vocabulary:
         return len(self.word2idx)
 
     def words(self, caption: str) -> list[str]:
-        """The words of a caption, split and lower-cased by the rules of this vocabulary."""
-        return tokenize(caption, self.tokenizer, self.lower)
+        """The words of a caption, split and lower-cased by the rules of this vocabulary.
+
+        They are its first `max_words`, if that is not 0.
+        """
+        return tokenize(caption, self.tokenizer, self.lower)[: self.max_words or None]
 
     def encode(self, caption: str) -> list[int]:
-        """Word ids of a caption between `<start>` and `<end>`."""
-        return [self("<start>"), *map(self, self.words(caption)), self("<end>")]
+        """Word ids of a caption, see words, between `<start>` and `<end>`."""
+        return cut(self.encode_whole(caption), self.max_words)
+
+    def encode_whole(self, caption: str) -> list[int]:
+        """Ids of all words of a caption between `<start>` and `<end>`."""
+        words = tokenize(caption, self.tokenizer, self.lower)
+        return [self("<start>"), *map(self, words), self("<end>")]
 
     def state_dict(self) -> dict:
         """Plain values for JSON: the published `word2idx`, `idx2word`, `idx`, and what is ours."""
@@ -163,12 +172,16 @@ class Vocabulary:
         # Published files have neither key. Our older files lack 'lower'; they used unicode.
         lower = state.get("lower", UNICODE if "tokenizer" in state else ASCII)
         if lower not in (UNICODE, ASCII):
-            raise InputError(f"{source}: 'lower' is {lower!r}, expected {UNICODE} or {ASCII}")
+            said = f"{source}: 'lower' is {shown_value(lower)}"
+            raise InputError(f"{said}, expected {UNICODE} or {ASCII}")
+        if state.get("tokenizer") not in (None, PUNKT, ONE_SENTENCE, JIEBA):
+            said = f"{source}: 'tokenizer' is {shown_value(state['tokenizer'])}"
+            raise InputError(f"{said}, expected {PUNKT}, {ONE_SENTENCE} or {JIEBA}")
         vocab = cls(state.get("tokenizer"), lower)
         vocab.captions = state.get("captions")
         if vocab.captions is not None and not is_fingerprint(vocab.captions):
             raise InputError(
-                f"{source}: 'captions' is {reprlib.repr(vocab.captions)}, expected the sha256 and "
+                f"{source}: 'captions' is {shown_value(vocab.captions)}, expected the sha256 and "
                 "the number of captions that vocab.py writes"
             )
         for word in sorted(word2idx, key=word2idx.get):
@@ -207,11 +220,7 @@ def deserialize_vocab(src: str | os.PathLike) -> Vocabulary:
         print(f"notice: {src}: a vocabulary that an older program pickled", file=sys.stderr)
         state = {"word2idx": load_vocabulary(src).get("word2idx")}
         return Vocabulary.from_state_dict(state, src)
-    try:
-        state = json.loads(Path(src).read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{src}: not a JSON vocabulary ({kind_of(src) or error})") from None
-    return Vocabulary.from_state_dict(state, src)
+    return Vocabulary.from_state_dict(read_json(src, "a JSON vocabulary"), src)
 
 
 def _missing_file(path: str) -> str:

@@ -57,7 +57,7 @@ class Evil:
 def test_pickled_weights_run_nothing(tiny, little):
     os.remove("bert/model.safetensors")
     with open("bert/pytorch_model.bin", "wb") as file:
-        pickle.dump({"embeddings.word_embeddings.weight": Evil()}, file)
+        pickle.dump({"embeddings.word_embeddings.weight": Evil(), "other": bytes(10**4)}, file)
     with pytest.raises(InputError, match="no weights could be read"):
         train.main(flags())
     assert not os.path.exists("owned")

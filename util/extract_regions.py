@@ -30,8 +30,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 from util.arguments import COUNT, Parser  # noqa: E402
 from util.cli import InputError, replacing, run, say  # noqa: E402
 from util.convert_data import SIZE  # noqa: E402
+from util.extractor_settings import AGAIN, SETTINGS, read_settings  # noqa: E402
 from util.folders import SPLITS  # noqa: E402
 from util.image_ids import read_ids  # noqa: E402
+from util.json_file import read_object, shown_value  # noqa: E402
 from util.npy_writer import NpyWriter  # noqa: E402
 from util.photo_folder import (  # noqa: E402
     Photos,
@@ -46,7 +48,7 @@ from util.region_backends.given_boxes import GivenBoxes  # noqa: E402
 
 ARRAYS = ("ims.npy", "ims_bbx.npy", "ims_size.npy", "num_boxes.npy", "who_ims.npy")
 IMS, BOXES, SIZES, COUNTS, WHOLE = ARRAYS
-IDS, SETTINGS = "ids.txt", "extractor.json"
+IDS = "ids.txt"
 # What belongs to other pictures, or boxes, if these files are replaced.
 OF_CAPTIONS = ["caps.txt", "caption_image.txt", "sent_caps.txt", "precaps_stan.txt", "caps.json"]
 OF_BOXES = ["boxes.npy"]
@@ -90,13 +92,15 @@ class State:
         """Read the file; return its settings. None: there is none."""
         if not os.path.isfile(self.path):
             return None
-        found = read_json(self.path)
-        try:
-            self.done, self.rows = int(found["done"]), int(found["rows"])
-            self.broken, self.whole = list(found["broken"]), bool(found["whole"])
-            return dict(found["settings"])
-        except (KeyError, TypeError, ValueError):
-            raise InputError(f"{self.path}: damaged; --overwrite begins afresh") from None
+        found = read_object(self.path, AGAIN)
+        done, rows, broken = (found.get(name) for name in ("done", "rows", "broken"))
+        fits = all(type(x) is int for x in (done, rows)) and 0 <= rows <= done
+        fits = fits and isinstance(broken, list) and all(map(is_pair, broken))
+        if not fits or not isinstance(found.get("settings"), dict):
+            raise InputError(f"{self.path}: damaged; --overwrite begins afresh")
+        self.done, self.rows, self.broken = done, rows, broken
+        self.whole = found.get("whole") is True
+        return found["settings"]
 
     def write(self) -> None:
         with replacing(self.path) as part:
@@ -104,32 +108,8 @@ class State:
             Path(part).write_text(json.dumps(kept), encoding="utf-8")
 
 
-def read_json(path: str) -> dict:
-    """The object in a JSON file."""
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):  # also of bytes that are no UTF-8
-        found = None
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected a JSON object; make it again with extract_regions.py")
-    return found
-
-
-def read_settings(stem: str) -> dict | None:
-    """What `{stem}_extractor.json` says of how features were made; None: there is no such file.
-
-    open_extractor takes it. Its paths are hints. Raises InputError if it is damaged.
-    """
-    path = f"{stem}_{SETTINGS}"
-    if not os.path.isfile(path):
-        return None
-    found = read_json(path)
-    kinds = {"backend": str, "weights": str | None, "weights_sha256": str, "photos": str}
-    kinds |= {"grid": int | None, "regions": int | None, "half": bool | None}
-    for key, kind in kinds.items():
-        if not isinstance(found.get(key), kind):
-            raise InputError(f"{path}: {key} is {found.get(key)!r}; make it again")
-    return found
+def is_pair(x) -> bool:
+    return isinstance(x, list) and [*map(type, x)] == [str, str]
 
 
 class Extraction:
@@ -151,17 +131,17 @@ class Extraction:
         """Whether the files of just these pictures and settings are there, whole."""
         if not all(os.path.isfile(f"{self.stem}_{x}") for x in (*ARRAYS, IDS, SETTINGS)):
             return False
-        return self._differs(read_json(f"{self.stem}_{SETTINGS}")) is None
+        return self._differs(read_object(f"{self.stem}_{SETTINGS}", AGAIN)) is None
 
     def _differs(self, other: dict) -> str | None:
         """In words, the first setting that another extraction has otherwise; None: none."""
         for key, value in self.settings.items():
             if key != "weights" and other.get(key) != value:  # they may lie elsewhere now
                 if key == "pictures":
-                    return f"other pictures ({other.get(key, 'unknown')} before, now {value})"
+                    return f"other pictures ({shown_value(other.get(key))} before, now {value})"
                 if key.endswith("sha256"):
                     return f"other {key.removesuffix('_sha256')}"
-                return f"{key} {other.get(key)}, not {value}"
+                return f"{key} {shown_value(other.get(key))}, not {value}"
         return None
 
     def warn_of_others(self) -> None:
@@ -172,8 +152,9 @@ class Extraction:
             for key in ("backend", "weights_sha256", "grid", "regions", "given_boxes"):
                 if found and found.get(key) != self.settings[key]:
                     say(
-                        f"warning: {folder}: {other} was extracted with {key} {found.get(key)}, "
-                        f"and {split} with {self.settings[key]}; a model needs them alike"
+                        f"warning: {folder}: {other} was extracted with {key} "
+                        f"{shown_value(found.get(key))}, and {split} with {self.settings[key]}; a "
+                        "model needs them alike"
                     )
                     return
 
@@ -198,7 +179,8 @@ class Extraction:
         there = [name for name in (*ARRAYS, IDS) if os.path.exists(f"{self.stem}_{name}")]
         if there and not overwrite and not self.state.whole:
             path = f"{self.stem}_{SETTINGS}"
-            differs = self._differs(read_json(path)) if os.path.isfile(path) else f"no {path}"
+            known = read_object(path, AGAIN) if os.path.isfile(path) else None
+            differs = f"no {path}" if known is None else self._differs(known)
             raise InputError(
                 f"{self.stem}_{there[0]}: is there already, of other pictures or settings "
                 f"({differs or 'not all of its files'}); choose another --out or --split, or "
@@ -388,7 +370,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             say(f"notice: {work.state.done:,} pictures are done; the same command goes on")
             raise
         work.finish()
-    skipped = set(read_json(f"{stem}_{SETTINGS}")["skipped"])
+    skipped = set(map(str, read_settings(stem).get("skipped") or ()))
     n = len(photos.names) - len(skipped)
     print(f"{stem}_{IMS}: {n:,} images, {work.most} regions of {extractor.width} numbers")
     if captions is not None:

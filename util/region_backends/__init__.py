@@ -13,6 +13,7 @@ import os
 from util.arguments import did_you_mean, nearest
 from util.cli import InputError
 from util.devices import pick_device
+from util.json_file import shown_value
 from util.region_backends.extractor import Extractor, Regions
 
 BACKENDS = {
@@ -23,6 +24,7 @@ BACKENDS = {
 }
 DEFAULT = "efficientnet_lite"
 GRID, MOST_REGIONS = 6, 36
+MOST = 10_000  # windows of a side, or regions
 
 __all__ = ["BACKENDS", "DEFAULT", "Extractor", "Regions", "open_extractor"]
 
@@ -40,12 +42,17 @@ def open_extractor(settings: dict, device="auto", download: bool = False) -> Ext
     """
     name = settings.get("backend", DEFAULT)
     if name not in BACKENDS:
-        near = did_you_mean(nearest(str(name), BACKENDS))
-        raise InputError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}{near}")
+        near = did_you_mean(nearest(name, BACKENDS)) if len(name) < 40 else ""
+        raise InputError(
+            f"unknown backend {shown_value(name)}: expected one of {', '.join(BACKENDS)}{near}"
+        )
     for key in ("grid", "regions"):
         count = settings.get(key)
-        if count is not None and (type(count) is not int or count < 1):
-            raise InputError(f"{key} {count!r}: expected a whole number, at least 1")
+        if count is not None and (type(count) is not int or not 1 <= count <= MOST):
+            raise InputError(
+                f"{key} {shown_value(count)}: expected a whole number, at least 1 and at most "
+                f"{MOST:,}"
+            )
     device = pick_device(device)
     if settings.get("half") and device.type != "cuda":
         raise InputError(f"--half is for a GPU; the device is {device}")

@@ -5,7 +5,6 @@ resized here, so that the library's image processors, which may need torchvision
 Shapes: B pictures, T tokens, F numbers per token, h x v patches of a picture.
 """
 
-import json
 import math
 import os
 
@@ -13,9 +12,12 @@ import torch
 from torch import Tensor
 
 from util.cli import InputError
+from util.hub import offline
+from util.json_file import fault_of, read_json
 from util.region_backends.grid import BICUBIC, GridExtractor, Net
 from util.region_backends.weights import hub_folder, sha256
 
+LARGEST = 10_000  # pixels of a side
 UNUSED = ("pooler", "head", "classifier", "mask_token")  # weights that the features do not need
 
 
@@ -55,17 +57,19 @@ def load(transformers, folder: str, name: str) -> torch.nn.Module:
     """The vision network in a folder; of one with two towers, that of the pictures."""
     safe = any(x.endswith(".safetensors") for x in os.listdir(folder))
     try:
-        module, told = transformers.AutoModel.from_pretrained(
-            folder,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=safe,
-            weights_only=True,
-            output_loading_info=True,
-        )
+        with offline():  # the settings may name parts, or kernels, that are elsewhere
+            module, told = transformers.AutoModel.from_pretrained(
+                folder,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=safe,
+                weights_only=True,
+                output_loading_info=True,
+            )
     except Exception as error:  # the library raises errors of many types
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"--weights {name}: no network could be read ({said})") from None
+        raise InputError(
+            f"--weights {name}: no network could be read ({fault_of(error)})"
+        ) from None
     missing = [x for x in told["missing_keys"] if not any(part in x for part in UNUSED)]
     if missing:
         raise InputError(
@@ -84,9 +88,8 @@ def read_preprocessing(
     path = os.path.join(folder, "preprocessor_config.json")
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; it holds size, mean and deviation of the pixels")
+    config = read_json(path)
     try:
-        with open(path, encoding="utf-8") as file:
-            config = json.load(file)
         size = config["size"]
         if config.get("do_center_crop", True) and config.get("crop_size"):
             size = config["crop_size"]
@@ -102,12 +105,14 @@ def read_preprocessing(
         if not config.get("do_normalize", True):
             mean, std = (0.0,) * 3, (scale,) * 3
         found = (int(height), int(width)), mean, std, int(config.get("resample", BICUBIC))
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise InputError(
-            f"{path}: expected size, image_mean and image_std ({type(error).__name__}: {error})"
+            f"{path}: expected size, image_mean and image_std ({fault_of(error)})"
         ) from None
-    if min(found[0]) < 1 or len(mean) != 3 or len(std) != 3 or not all(std):
-        raise InputError(f"{path}: expected a size above 0, and three means and deviations")
+    if not all(0 < side <= LARGEST for side in found[0]) or len(mean) != 3 or len(std) != 3:
+        raise InputError(f"{path}: expected a size up to {LARGEST}, three means and deviations")
+    if not all(map(math.isfinite, mean + std)) or not all(std):
+        raise InputError(f"{path}: expected finite means, and deviations that are not 0")
     return found
 
 

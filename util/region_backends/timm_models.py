@@ -3,13 +3,14 @@
 Shapes: B pictures, T tokens, F numbers per token, h x v cells of the feature map.
 """
 
-import json
 import os
 
 import torch
 from torch import Tensor, nn
 
 from util.cli import InputError
+from util.hub import offline
+from util.json_file import fault_of, read_json, shown_value
 from util.region_backends.grid import BICUBIC, BILINEAR, GridExtractor, Net
 from util.region_backends.weights import hub_folder, read_state, sha256
 
@@ -58,14 +59,16 @@ def load(timm, folder: str) -> tuple[nn.Module, dict]:
     """The network in a folder, and how it wants its pictures."""
     path = os.path.join(folder, "config.json")
     try:
-        with open(path, encoding="utf-8") as file:
-            config = json.load(file)
+        config = read_json(path)
         architecture, more = config["architecture"], dict(config.get("model_args") or {})
         given = config.get("pretrained_cfg") or {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path}: expected timm's settings with 'architecture' ({type(error).__name__})"
         ) from None
+    # hf-hub:NAME would be fetched, a local-dir: read in timm's own way.
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
+        raise InputError(f"{path}: architecture {shown_value(architecture)} is none of timm")
     for name in LOADS:
         more.pop(name, None)
     more.setdefault("num_classes", config.get("num_classes", 1000))
@@ -73,14 +76,14 @@ def load(timm, folder: str) -> tuple[nn.Module, dict]:
     if not files:
         raise InputError(f"{folder}: no {' or '.join(FILES)}")
     try:
-        module = timm.create_model(architecture, pretrained=False, **more)
+        with offline():
+            module = timm.create_model(architecture, pretrained=False, **more)
         module.load_state_dict(read_state(files[0]))
         preprocessing = timm.data.resolve_data_config(pretrained_cfg=given, model=module)
     except InputError:
         raise
     except Exception as error:  # the library raises errors of many types
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{folder}: not {architecture} of timm ({said})") from None
+        raise InputError(f"{folder}: not {architecture} of timm ({fault_of(error)})") from None
     return module, preprocessing
 
 
