@@ -4,11 +4,9 @@ Parekh et al., Crisscrossed Captions, EACL 2021 (arXiv:2004.15020). Shapes: N im
 regions, W words, D joint dimension; n queries.
 """
 
-import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from pairs import Encoding
 from util.cli import InputError, progress
+from util.json_file import fault_of, read_json
 
 KS = (1, 5, 10)
 # CxC within one modality: the file, and the least mean mark (0 to 5) of two items that are alike.
@@ -83,13 +82,15 @@ def read_alike(
     With `image_of`, the image of each caption, the other captions of its image are added. The file
     holds {id: [[id, mark], ...]}.
     """
+    form = "{id: [[id, mark], ...]}"
+    marks = read_json(path, form)
     try:
-        marks = json.loads(Path(path).read_text(encoding="utf-8"))
         alike = {
-            int(key): [int(x) for x, mark in pairs if mark >= least] for key, pairs in marks.items()
+            whole_id(key): [whole_id(x) for x, mark in pairs if mark >= least]
+            for key, pairs in marks.items()
         }
     except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: expected {{id: [[id, mark], ...]}} ({error})") from None
+        raise InputError(f"{path}: expected {form} ({fault_of(error)})") from None
     place = {x: position for position, x in enumerate(ids)}
     positives, together = [], defaultdict(list)
     for position, image in enumerate(() if image_of is None else image_of):
@@ -101,6 +102,13 @@ def read_alike(
     if not any(positives):
         raise InputError(f"{path}: none of its ids is among the {len(ids)} of the split")
     return positives
+
+
+def whole_id(x) -> int:
+    """An id of JSON, a whole number or its digits; a ValueError for 2.9 and others."""
+    if type(x) not in (int, str):
+        raise ValueError(f"{x!r:.40} is no id")
+    return int(x)
 
 
 def read_cxc(

@@ -22,8 +22,9 @@ import systems
 from metrics import METRICS
 from ranking import Ranking
 from util.cli import InputError, progress, replacing
-from util.fingerprint import file_hash, fingerprint_of
+from util.fingerprint import file_hash, fingerprint_of, sampled_rows
 from util.git import commit_of
+from util.json_file import read_json
 
 CONFIDENCE = 0.95
 WAYS = "i2t", "t2i"
@@ -36,7 +37,6 @@ SECOND = "Q" + "0"  # the second column of a run; in one piece, it would be the 
 TOP = 100  # candidates of each query in a run
 STEP, LEAST = 2.0**-22, 1e-30  # between scores of a run: two steps of float32; of scores near 0
 BLOCK = 256  # queries at a time
-SAMPLE = 16  # rows of features that a fingerprint reads
 MANY = 100  # entries of an option that is no setting, but data
 
 
@@ -68,14 +68,11 @@ def check_page(path: str) -> None:
 
 def check_figures(path: str) -> None:
     """Raise InputError if a file that would be replaced is not one of --json."""
-    import json
-
     try:
-        with open(path, encoding="utf-8") as file:
-            ours = "metrics" in json.load(file)
-    except (ValueError, TypeError):
-        ours = False
-    if not ours:
+        found = read_json(path)
+    except InputError:
+        found = None
+    if not isinstance(found, dict) or "metrics" not in found:
         raise InputError(f"{path}: exists, and holds no figures of --json; give another name")
 
 
@@ -133,7 +130,7 @@ def describe_data(ranking: Ranking) -> dict:
 
 def describe_features(path: str, features: np.ndarray) -> dict:
     """The shape, dtype and size of an array, and the hash of a few of its rows."""
-    rows = np.unique(np.linspace(0, len(features) - 1, SAMPLE).astype(int)).tolist()
+    rows = sampled_rows(len(features))
     digest = hashlib.sha256()
     for row in rows:
         digest.update(np.ascontiguousarray(features[row]).tobytes())

@@ -27,7 +27,7 @@ import checkpoint as ckpt
 import embeddings
 import evaluation
 import systems
-from cxc import CXC, KS, cxc_intra, read_cxc
+from cxc import CXC, KS, cxc_intra, read_cxc, whole_id
 from data import PrecompDataset
 from util.arguments import FOLDER, Parser
 from util.cli import InputError, progress, run
@@ -40,6 +40,7 @@ from util.coco_ids import (  # noqa: F401
 )
 from util.devices import pick_device
 from util.image_ids import id_key
+from util.json_file import read_json
 
 PLAUSIBLE = "pm_image_to_caption.json", "pm_caption_to_image.json"
 
@@ -59,12 +60,24 @@ def package(extra_path: str | None = None):
     if len(there) == 1:
         (missing,) = set(files) - set(there)
         raise InputError(f"{missing}: no such file, but {there[0]} exists; PMRP needs both")
+    for path in there:
+        check_plausible(path)
+    return eccv_caption.Metrics(extra_file_dir=extra_path if there else None)
+
+
+def check_plausible(path: str) -> None:
+    """Raise InputError unless a file of PMRP holds ids, and a list of ids for each."""
+    form = "{id: [ids]}"
+    found = read_json(path, form)
     try:
-        return eccv_caption.Metrics(extra_file_dir=extra_path if there else None)
-    except (ValueError, AttributeError, TypeError) as error:
-        raise InputError(
-            f"{' or '.join(there)}: expected {{id: [ids]}} ({error}); download it again"
-        ) from None
+        whole = all(
+            whole_id(key) >= 0 and isinstance(ids, list) and all(whole_id(x) >= 0 for x in ids)
+            for key, ids in found.items()
+        )
+    except (ValueError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise InputError(f"{path}: expected {form}; download it again")
 
 
 def top(scores: np.ndarray, queries: Sequence[int], items: Sequence[int], k: int) -> dict:

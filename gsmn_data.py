@@ -5,11 +5,11 @@ Beside the files of data.py, `{split}_ims_bbx.npy` and `{split}_ims_size.npy`, a
 words.
 """
 
-import json
 import os
 import reprlib  # what repr() says of a hostile file may have no end
 from array import array as flat_array
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from data import PrecompDataset
 from util.arrays import open_array, read_sizes
 from util.boxes import BoxCheck
 from util.cli import InputError
+from util.json_file import parse_json
+from util.long_captions import cut
 from vocab import Vocabulary, read_captions
 
 
@@ -123,10 +125,11 @@ class GraphDataset(PrecompDataset):
                 ) from None
             if min(ids) < 0 or max(ids) >= len(vocab):
                 raise InputError(
-                    f"{path}: line {row} has word ids from {min(ids)} to {max(ids)}, expected from "
-                    f"0 to {len(vocab) - 1} as in the vocabulary; give --vocab_path that of the ids"
+                    f"{path}: line {row} has word ids from {reprlib.repr(min(ids))} to "
+                    f"{reprlib.repr(max(ids))}, expected from 0 to {len(vocab) - 1} as in the "
+                    "vocabulary; give --vocab_path that of the ids"
                 )
-            yield ids
+            yield cut(ids, vocab.max_words)
 
     def _compare_ids(self, path: str, text: str, vocab: Vocabulary) -> None:
         """Refuse precomputed word ids that are not those of the captions in this vocabulary."""
@@ -189,8 +192,7 @@ class GraphDataset(PrecompDataset):
                 "util/dependency_parser.py --data_path DATA_PATH --data_name DATA_NAME`"
             )
         try:
-            with open(path, encoding="utf-8") as file:
-                lists = json.load(file)
+            lists = parse_json(Path(path).read_bytes())
         except ValueError as error:
             raise InputError(f"{path}: not a JSON file ({error}); make it again") from None
         found = len(lists) if isinstance(lists, list) else "no list of"

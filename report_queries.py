@@ -11,7 +11,9 @@ import numpy as np
 
 from ranking import Ranking
 from report_stats import WAYS, Way, look
+from util.json_file import fault_of
 from util.photos import find_photos
+from util.pictures import FORMATS
 
 SHOWN = 20  # queries of a list
 HUBS = 10
@@ -74,15 +76,15 @@ class Items:
         from PIL import Image, ImageOps
 
         try:
-            with Image.open(path) as photo:
+            with Image.open(path, formats=FORMATS) as photo:
                 photo.draft("RGB", (2 * LONGEST, 2 * LONGEST))  # a JPEG is read at a smaller size
                 photo = ImageOps.exif_transpose(photo)
                 photo.thumbnail((LONGEST, LONGEST))
                 photo = photo.convert("RGBA")
                 plain = Image.new("RGB", photo.size, "white")
                 plain.paste(photo, mask=photo.getchannel("A"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            self.unreadable.append(f"{path}: {error}")
+        except Exception as error:  # decoders raise errors of all types for damaged files
+            self.unreadable.append(f"{path}: {fault_of(error)}")
             return None
         file = io.BytesIO()
         plain.save(file, "JPEG", quality=QUALITY, optimize=True)

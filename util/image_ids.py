@@ -8,7 +8,9 @@ from util.captions import read_lines
 from util.cli import InputError
 
 # 12, 000012, 12.0, and 1.2e+01 as numpy.savetxt writes it. Without the sign, 12e4 may be a hash.
-_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?(e[+-]\d{1,3})?", re.ASCII | re.IGNORECASE)
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?(e[+-]\d{1,2})?", re.ASCII | re.IGNORECASE)
+LONGEST = 1000  # letters; a longer text is a name: on it the expressions would take hours
+LONGEST_NUMBER = 40  # letters; a longer one is a name: Python writes no number of 4,301 digits
 _COCO = re.compile(r"COCO_[a-z]+\d{4}_(\d+)", re.ASCII | re.IGNORECASE)
 # Extractors also write 12.jpg.npz.
 _ENDINGS = re.compile(r"(?<=.)(\.(jpe?g|png|bmp|gif|tiff?|webp|np[yz]))+$", re.IGNORECASE)
@@ -24,7 +26,7 @@ def shown(text: str) -> str:
 def written_key(text: str) -> int | str:
     """The key of an id as it is written; only numbers may be written in several ways."""
     text = text.strip()
-    if not _NUMBER.fullmatch(text):
+    if len(text) > LONGEST_NUMBER or not _NUMBER.fullmatch(text):
         return text
     number = Decimal(text)
     return int(number) if number == number.to_integral_value() else str(number.normalize())
@@ -36,6 +38,8 @@ def id_key(text: str) -> int | str:
     `391895`, `000000391895`, `391895.0`, `val2014/COCO_val2014_000000391895.jpg` and `391895.jpg`
     have the same key.
     """
+    if len(text) > LONGEST:
+        return text.strip()
     name = _CAPTION.sub(r"\1", text.strip())
     if not _NUMBER.fullmatch(name):
         name = _ENDINGS.sub("", name.replace("\\", "/").rpartition("/")[2])
@@ -46,7 +50,13 @@ def id_key(text: str) -> int | str:
 
 def read_ids(path: str) -> list[str]:
     """The ids of a file with one per line; blank lines are skipped."""
-    ids = [line for line in read_lines(path, "image id") if line]
+    lines = read_lines(path, "image id")
+    for row, line in enumerate(lines, 1):
+        if len(line) > LONGEST:
+            raise InputError(
+                f"{path}: line {row}: an id of {len(line):,} letters; expected one id per line"
+            )
+    ids = list(filter(None, lines))
     if not ids:
         raise InputError(f"{path}: no image ids in it; expected one per line")
     return ids

@@ -8,11 +8,15 @@ them, and keep them; of an object of the class Vocabulary they keep the attribut
 
 import os
 import pickle
+import pickletools
 import re
+from typing import BinaryIO
 
 import numpy as np
 
 from util.cli import InputError
+from util.json_file import fault_of, first_line
+from util.npy_reader import read_array, read_header
 
 # The dtypes of numbers, strings, bytes and objects, but no structured dtypes.
 _DTYPE = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248]|[SU]\d{0,6}|O8?)")
@@ -169,6 +173,26 @@ class _VocabularyUnpickler(_Unpickler):
         return _Attributes if name == "Vocabulary" else super().find_class(module, name)
 
 
+def _check_memo(file: BinaryIO) -> None:
+    """Raise ValueError if a pickle numbers an object beyond its bytes; the file stays in its place.
+
+    The unpickler gives a table of as many rows its memory before it reads on.
+    """
+    start, size, name = file.tell(), os.fstat(file.fileno()).st_size, ""
+    while name != "STOP":
+        opcode = pickletools.code2op.get(file.read(1).decode("latin1"))
+        if opcode is None:
+            raise ValueError("it is cut, or no pickle")
+        name = opcode.name
+        if name == "STRING":  # Python 2's, in any encoding
+            file.readline()
+        elif opcode.arg is not None:
+            argument = opcode.arg.reader(file)
+            if name.endswith("PUT") and argument > size:
+                raise ValueError(f"object number {argument:,} in {size:,} bytes")
+    file.seek(start)
+
+
 def load_objects(path: str | os.PathLike) -> np.ndarray:
     """The array of a .npy file, of numbers or of plain objects (dicts, strings, numbers, arrays).
 
@@ -178,26 +202,26 @@ def load_objects(path: str | os.PathLike) -> np.ndarray:
     try:
         with open(path, "rb") as file:
             if file.peek(6)[:6] != b"\x93NUMPY" and file.peek(1)[:1] in (b"\x80", b"c"):
+                _check_memo(file)
                 array = _Unpickler(file, encoding="latin1").load()
                 return array.value if isinstance(array, _Array) else _refuse("no array")
-            version = np.lib.format.read_magic(file)
-            read = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
-            shape, _, dtype = read(file)
+            shape, _, dtype = read_header(file)
             if not dtype.hasobject:
                 file.seek(0)
-                return np.load(file, allow_pickle=False)
+                return read_array(file, os.fstat(file.fileno()).st_size)
+            _check_memo(file)
             objects = _Unpickler(file, encoding="latin1").load()
             objects = objects.value if isinstance(objects, _Array) else _refuse("no array")
     except _Refused as error:
         raise InputError(
             f"{path}: refused, a pickle that holds more than dicts, strings, numbers and arrays "
-            f"({error}); get the file from its authors, or save a plain array"
+            f"({first_line(str(error))}); get the file from its authors, or save a plain array"
         ) from None
     except OSError:
         raise
     except Exception as error:  # a damaged pickle can fail anywhere in its reader
         raise InputError(
-            f"{path}: not a whole .npy array ({type(error).__name__}: {error}); copy it again"
+            f"{path}: not a whole .npy array ({fault_of(error)}); copy it again"
         ) from None
     if objects.shape != shape:
         raise InputError(f"{path}: an array of shape {objects.shape}, its header says {shape}")
@@ -218,19 +242,21 @@ def load_vocabulary(path: str | os.PathLike) -> dict:
     except _Refused as error:
         raise InputError(
             f"{path}: refused, a pickle that holds more than a Vocabulary of words and numbers "
-            f"({error}); get the file from its authors, or build one with vocab.py"
+            f"({first_line(str(error))}); get the file from its authors, or build one with "
+            "vocab.py"
         ) from None
     except OSError:
         raise
     except Exception as error:  # a damaged pickle can fail anywhere in its reader
         raise InputError(
-            f"{path}: not a whole pickled vocabulary ({type(error).__name__}: {error}); copy it "
-            "again, or build one with vocab.py"
+            f"{path}: not a whole pickled vocabulary ({fault_of(error)}); copy it again, or build "
+            "one with vocab.py"
         ) from None
 
 
 def _read_vocabulary(path: str | os.PathLike, encoding: str) -> dict:
     with open(path, "rb") as file:
+        _check_memo(file)
         found = _VocabularyUnpickler(file, encoding=encoding).load()
     found = getattr(found, "value", None) if isinstance(found, _Attributes) else found
     return found if isinstance(found, dict) else _refuse("no object with attributes")

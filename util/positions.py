@@ -76,7 +76,7 @@ def convert(
     Returns the number of images and the number of regions that overlap no block.
     """
     boxes = open_array(f"{stem}_ims_bbx.npy", ndim=3, integers=True)  # (N, R, 4)
-    if boxes.shape[2] != 4:
+    if boxes.shape[2] != 4 or not boxes.size:
         raise InputError(
             f"{stem}_ims_bbx.npy: boxes of shape {boxes.shape}, expected (N, R, 4): left, top, "
             "right, bottom in pixels"

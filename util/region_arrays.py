@@ -3,9 +3,10 @@
 Shapes: R regions, F numbers per region.
 """
 
+import contextlib
+import math
 import os
-import zipfile
-import zlib
+import reprlib  # what repr() says of a hostile file may have no end
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -13,7 +14,10 @@ import numpy as np
 from util.arrays import SIZE_NAMES
 from util.cli import InputError
 from util.file_kinds import kind_of
-from util.region_values import Image, Row, check_finite, whole_image
+from util.image_ids import shown
+from util.json_file import first_line
+from util.npy_reader import LARGEST_MEMBER, ZIP_ERRORS, NpzFile, PickledArray, type_name
+from util.region_values import Image, Row, check_finite, is_readable, whole_image, whole_number
 
 # Names in .npz and HDF5 files, as public extractors write them.
 FEATURES = ("features", "x", "image_features", "obj_features")
@@ -21,7 +25,8 @@ BOXES = ("boxes", "bbox", "bboxes", "image_bb")
 COUNTS = ("num_boxes", "num_bbox")
 ID = ("image_id", "img_id")
 IDS = (*ID, "image_ids", "ids")  # of all images of an HDF5 file
-ZIP = zipfile.BadZipFile, zlib.error  # what reading a damaged archive raises
+# What h5py raises for a damaged file.
+HDF5_ERRORS = OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError
 Get = Callable[[Iterable[str]], np.ndarray | None]  # the first of some names that is there
 
 
@@ -54,25 +59,38 @@ def npz_row(path: str, name: str | None = None) -> Row:
                 if file.read(2) != b"PK":
                     kind = kind_of(path) or "bytes of another kind"
                     raise InputError(f"{path}: expected a .npz file, found {kind}")
-            with np.load(path, allow_pickle=False) as archive:
-                return read(lambda names: next((archive[x] for x in names if x in archive), None))
+            with NpzFile(path) as archive:
+                return read(lambda names: first_of(map(archive.get, names)))
         except InputError:
             raise
-        except (ValueError, OSError, EOFError, KeyError, RuntimeError, *ZIP) as error:
-            fault = "an array is pickled" if "allow_pickle" in str(error) else error
+        except (OSError, *ZIP_ERRORS) as error:
             raise InputError(
-                f"{path}: not a whole .npz file of arrays of numbers ({fault})"
+                f"{path}: not a whole .npz file of arrays of numbers ({first_line(str(error))})"
             ) from None
 
+    image_id, fault = os.path.splitext(name or os.path.basename(path))[0], None
     try:
-        image_id = load(lambda get: as_text(get(ID)))
-    except InputError:  # damaged, or an id that is pickled
-        image_id = None
-    return Row(
-        path,
-        image_id or os.path.splitext(name or os.path.basename(path))[0],
-        lambda width, max_boxes: load(lambda get: array_image(get, path, width)),
-    )
+        image_id = load(own_id) or image_id
+    except InputError as error:
+        fault = error
+
+    def image(width: int | None, max_boxes: int) -> Image:
+        if fault:  # it may be of another image than its name says
+            raise fault
+        return load(lambda get: array_image(get, path, width))
+
+    return Row(path, image_id if is_readable(image_id) else None, image)
+
+
+def first_of(values: Iterable):
+    """The first value that is not None, if there is one."""
+    return next((value for value in values if value is not None), None)
+
+
+def own_id(get: Get) -> str | None:
+    """The id that an archive holds; None: none, or a pickled one."""
+    with contextlib.suppress(PickledArray):
+        return as_text(get(ID))
 
 
 def hdf5_rows(path: str) -> Iterator[Row]:
@@ -90,46 +108,67 @@ def hdf5_rows(path: str) -> Iterator[Row]:
             f"{path}: an HDF5 file, which needs h5py, which is not installed: pip install h5py"
         ) from None
     try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise InputError(f"{path}: not a whole HDF5 file ({error}); copy it again") from None
-    with file:
-        ids = next((file[name] for name in IDS if name in file), None)
-        stacked = [file[x] for x in FEATURES if isinstance(file.get(x), h5py.Dataset)]
-        if stacked:
-            if ids is None:
-                raise InputError(
-                    f"{path}: no image ids in it; expected a dataset {' or '.join(IDS)} beside "
-                    f"the datasets {', '.join(file)}"
-                )
-            ids, n = np.reshape(ids[()], -1), (stacked[0].shape or (1,))[0]
-            if len(ids) != n:
-                raise InputError(f"{path}: {len(ids)} image ids for {n} rows of features")
-            for place, image_id in enumerate(ids):
-                yield hdf5_row(f"{path}: row {place} (from 0)", as_text(image_id), file, place)
-            return
+        with h5py.File(path, "r") as file:
+            yield from rows_of(path, file, h5py.Group, h5py.Dataset)
+    except InputError:
+        raise
+    except HDF5_ERRORS as error:
+        raise InputError(
+            f"{path}: not a whole HDF5 file ({first_line(str(error))}); copy it again"
+        ) from None
+
+
+def rows_of(path: str, file, group_type: type, dataset_type: type) -> Iterator[Row]:
+    """The images of an open HDF5 file; it may raise HDF5_ERRORS."""
+    ids = first_of(file.get(name) for name in IDS)
+    stacked = first_of(x for name in FEATURES if isinstance(x := file.get(name), dataset_type))
+    if stacked is None:
         found = False
-        for row in group_rows(path, file, h5py.Group):
+        for row in group_rows(path, file, group_type, {file}):
             found = True
             yield row
         if not found:
             raise InputError(
                 f"{path}: no features in it, expected one of {', '.join(FEATURES)}, but found "
-                f"{', '.join(sorted(file)[:10]) or 'nothing'}"
+                f"{', '.join(sorted(file)[:10])[:200] or 'nothing'}"
             )
+        return
+    if ids is None:
+        raise InputError(
+            f"{path}: no image ids in it; expected a dataset {' or '.join(IDS)} beside the "
+            f"datasets {', '.join(sorted(file)[:10])[:200]}"
+        )
+    ids, n = np.reshape(content(ids), -1), (stacked.shape or (1,))[0]
+    if len(ids) != n:
+        raise InputError(f"{path}: {len(ids)} image ids for {n} rows of features")
+    for place, image_id in enumerate(ids):
+        yield hdf5_row(f"{path}: row {place} (from 0)", as_text(image_id), file, place)
 
 
-def group_rows(path: str, group, group_type: type, prefix: str = "") -> Iterator[Row]:
-    """The images of a group without a dataset of all features: see hdf5_rows."""
+def group_rows(path: str, group, group_type: type, seen: set, prefix: str = "") -> Iterator[Row]:
+    """The images of a group without a dataset of all features: see hdf5_rows.
+
+    Groups may hold each other: what is in those of `seen` is not looked for again.
+    """
     for name in group:
         image_id = name.removesuffix("_features")
+        where = f"{path}: {shown(prefix + name)}"
         if image_id != name:
-            yield hdf5_row(f"{path}: {prefix}{name}", image_id, group, f"{image_id}_")
+            yield hdf5_row(where, image_id, group, f"{image_id}_")
         elif isinstance(member := group.get(name), group_type):
             if any(x in member for x in FEATURES):
-                yield hdf5_row(f"{path}: {prefix}{name}", f"{prefix}{name}", member)
-            else:
-                yield from group_rows(path, member, group_type, f"{prefix}{name}/")
+                yield hdf5_row(where, f"{prefix}{name}", member)
+            elif member not in seen:
+                seen.add(member)
+                yield from group_rows(path, member, group_type, seen, f"{prefix}{name}/")
+
+
+def content(dataset, row: int | None = None) -> np.ndarray:
+    """What an HDF5 dataset holds, or its row. Raises ValueError if it is larger than an image's."""
+    shape = dataset.shape if row is None else dataset.shape[1:]
+    if math.prod(shape) * dataset.dtype.itemsize > LARGEST_MEMBER:
+        raise ValueError(f"shape {shape}, more than an image has")
+    return np.asarray(dataset[()] if row is None else dataset[row])
 
 
 def hdf5_row(where: str, image_id: str | None, group, key: int | str = "") -> Row:
@@ -140,9 +179,9 @@ def hdf5_row(where: str, image_id: str | None, group, key: int | str = "") -> Ro
     def get(names: Iterable[str]) -> np.ndarray | None:
         for name in names:
             if isinstance(key, int) and name in group and group[name].shape:
-                return np.asarray(group[name][key])
+                return content(group[name], key)
             if isinstance(key, str) and f"{key}{name}" in group:
-                return np.asarray(group[f"{key}{name}"][()])
+                return content(group[f"{key}{name}"])
             if key == "" and name in group.attrs:
                 return np.asarray(group.attrs[name])
         return None
@@ -152,10 +191,11 @@ def hdf5_row(where: str, image_id: str | None, group, key: int | str = "") -> Ro
             return array_image(get, where, width)
         except InputError:
             raise
-        except (OSError, RuntimeError, LookupError, TypeError, ValueError) as error:
-            raise InputError(f"{where}: damaged, or no array of numbers ({error})") from None
+        except HDF5_ERRORS as error:
+            said = first_line(str(error))
+            raise InputError(f"{where}: damaged, or no array of numbers ({said})") from None
 
-    return Row(where, image_id, read)
+    return Row(where, image_id if image_id and is_readable(image_id) else None, read)
 
 
 def as_text(value: np.ndarray | None) -> str | None:
@@ -172,11 +212,21 @@ def as_numbers(get: Get, names: tuple[str, ...], where: str) -> np.ndarray | Non
     if values is None:
         return None
     if values.dtype.kind not in "fiu":
-        raise InputError(f"{where}: {names[0]} of type {values.dtype}, expected numbers")
+        raise InputError(f"{where}: {names[0]} of type {type_name(values.dtype)}, expected numbers")
     while values.ndim > 2 and len(values) == 1:
         values = values[0]
     with np.errstate(over="ignore"):  # too large for float32: Inf, which is refused
         return values.astype(np.float32)
+
+
+def as_number(get: Get, names: tuple[str, ...], where: str) -> float | None:
+    """The number with the first of some names that is there; of several, the first."""
+    values = as_numbers(get, names, where)
+    if values is None:
+        return None
+    if not values.size or not np.isfinite(values.flat[0]):
+        raise InputError(f"{where}: {names[0]} is {reprlib.repr(values)}, expected a number")
+    return float(values.flat[0])
 
 
 def array_image(get: Get, where: str, width: int | None) -> Image:
@@ -185,7 +235,7 @@ def array_image(get: Get, where: str, width: int | None) -> Image:
     The arrays may be longer than the number of boxes. Arrays of one axis hold region by region.
     """
     features, boxes = as_numbers(get, FEATURES, where), as_numbers(get, BOXES, where)
-    count = as_numbers(get, COUNTS, where)
+    count = as_number(get, COUNTS, where)
     if features is None:
         raise InputError(f"{where}: no features in it, expected one of {', '.join(FEATURES)}")
     if boxes is not None:
@@ -193,9 +243,10 @@ def array_image(get: Get, where: str, width: int | None) -> Image:
             raise InputError(f"{where}: boxes of shape {boxes.shape}, expected (R, 4)")
         boxes = boxes.reshape(-1, 4)
         check_finite(boxes, where, "boxes")
-    n = None if count is None else int(count.reshape(-1)[0])
+    n = None if count is None else whole_number(count, where)
     if n is None and boxes is not None:
         n = len(boxes)
+    features = np.atleast_1d(features)
     if features.ndim == 1 and n and features.size % n == 0:
         features = features.reshape(n, -1)
     rows = {n, None if boxes is None else len(boxes)} - {None}
@@ -212,8 +263,6 @@ def array_image(get: Get, where: str, width: int | None) -> Image:
             f"{where}: features of shape {features.shape} for {n} boxes, expected "
             f"({n}, {width or 'F'})"
         )
-    size = None
-    for names in SIZE_NAMES:
-        if size is None and all(get((name,)) is not None for name in names):
-            size = tuple(float(as_numbers(get, (name,), where).reshape(-1)[0]) for name in names)
+    sizes = ([as_number(get, (name,), where) for name in names] for names in SIZE_NAMES)
+    size = next((size for size in sizes if None not in size), None)
     return whole_image(features[:n], None if boxes is None else boxes[:n], size, where)

@@ -4,6 +4,7 @@ import functools
 import gzip
 import itertools
 import os
+import reprlib  # what repr() says of a hostile file may have no end
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,15 +12,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from util.cli import InputError
 from util.file_kinds import kind_of
 from util.region_values import (
+    LONGEST_ID,
     Image,
     Row,
     boxes_of,
     features_of,
     first_kinds,
+    is_readable,
     item_size,
     likely_size,
     raw_bytes,
     whole_image,
+    whole_number,
 )
 
 FIELDS = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
@@ -27,7 +31,7 @@ LXMERT = (
     *("image_id", "image_h", "image_w", "objects_id", "objects_conf", "attrs_id", "attrs_conf"),
     *("num_boxes", "boxes", "features"),
 )
-LONGEST_ID, LONGEST_NUMBER = 200, 20  # characters
+LONGEST_NUMBER, LONGEST_ROW = 20, 2**24  # characters; 1,500 regions of 2048 float32 fit in a row
 Types = Callable[[int], tuple[int, int] | None]
 
 
@@ -40,17 +44,15 @@ def tsv_rows(path: str) -> Iterator[Row]:
     names, header, number = None, False, 0
     types = functools.cache(lambda width: usual_types(path, width))
     try:
-        opened = gzip.open if zipped else open
-        with opened(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as lines:
-            for number, line in logical_lines(lines):
-                fields = [unwrap(field) for field in line.split("\t")]
-                if not any(fields):
-                    continue
-                if not header and "features" in fields and "boxes" in fields:
-                    names, header = [name.replace("img_", "image_") for name in fields], True
-                    continue
-                names = names or usual_layout(path)
-                yield tsv_row(f"{path}: row {number}", fields, names, types)
+        for number, line in logical_lines(short_lines(path)):
+            fields = [unwrap(field) for field in line.split("\t")]
+            if not any(fields):
+                continue
+            if not header and "features" in fields and "boxes" in fields:
+                names, header = header_names(f"{path}: row {number}", fields), True
+                continue
+            names = names or usual_layout(path)
+            yield tsv_row(f"{path}: row {number}", fields, names, types)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(
             f"{path}: the compressed file is cut or damaged behind row {number} ({error}); copy it "
@@ -58,14 +60,49 @@ def tsv_rows(path: str) -> Iterator[Row]:
         ) from None
 
 
+def short_lines(path: str) -> Iterator[str]:
+    """The lines of a file, which may be compressed. Raises InputError if one is too long.
+
+    A small compressed file may unpack to one line without an end.
+    """
+    opened = gzip.open if is_zipped(path) else open
+    with opened(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
+        number = 0
+        while line := file.readline(LONGEST_ROW):
+            number += 1
+            if len(line) == LONGEST_ROW and line[-1] not in "\r\n":
+                raise InputError(
+                    f"{path}: line {number} has more than {LONGEST_ROW:,} characters, so it is no "
+                    "row of a tsv file"
+                )
+            yield line
+
+
+def in_words(names: Sequence[str]) -> str:
+    """The names of fields for a message, which a damaged header may spoil."""
+    text = ", ".join(names)
+    return text if text.isprintable() and len(text) <= LONGEST_ID else reprlib.repr(text)
+
+
+def header_names(where: str, fields: list[str]) -> list[str]:
+    """The names of the fields in a header. Raises InputError if one that is needed is missing."""
+    names = [name.replace("img_", "image_") for name in fields]
+    if missing := [name for name in FIELDS if name not in names]:
+        raise InputError(
+            f"{where}: a header without {', '.join(missing)}; it has {in_words(names)}"
+        )
+    return names
+
+
 def logical_lines(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
     """Join the lines of a row, and yield the number of the first one with the row.
 
     base64.encodebytes breaks its text after 76 characters, and a csv writer then quotes the field.
-    A line with as many tabs as a row has always begins a row, so damage does not spread.
+    A line with as many tabs as a row has always begins a row, so damage does not spread. Nor does
+    a row become longer than LONGEST_ROW.
     """
     whole = len(FIELDS) - 1  # tabs
-    first, parts, tabs, quoted = 0, [], 0, False
+    first, parts, tabs, quoted, length = 0, [], 0, False, 0
     for number, line in enumerate(lines, 1):
         line, more = line.rstrip("\r\n"), line.count("\t")
         last = parts[-1].rpartition("\t")[2] if parts else ""
@@ -74,13 +111,15 @@ def logical_lines(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
         # PEM breaks after 64, which an unbroken text may have: only what the row lacks may follow.
         broken |= len(last) == 64 and last[-1] != "=" and more <= max(0, whole - tabs)
         next_field = line.startswith("\t") and (tabs < whole or len(parts) > 1)
-        if parts and more < whole and (quoted or broken or next_field):
+        fits = length + len(line) <= LONGEST_ROW
+        if parts and more < whole and fits and (quoted or broken or next_field):
             parts.append(line)
             tabs += more
+            length += len(line)
         else:
             if parts:
                 yield first, "".join(parts)
-            first, parts, tabs, quoted = number, [line], more, False
+            first, parts, tabs, quoted, length = number, [line], more, False, len(line)
         quoted ^= line.count('"') % 2 == 1
     if parts:
         yield first, "".join(parts)
@@ -103,14 +142,12 @@ def usual_layout(path: str, count: int = 20) -> tuple[str, ...]:
     rows of six fields are one of ten. Then its fourth field is a number, and is no base64.
     """
     found = Counter()
-    with gzip.open(path, "rb") if is_zipped(path) else open(path, "rb") as file:
-        text = (line.decode(errors="replace") for line in file)
-        for _, line in itertools.islice(logical_lines(text), count):
-            fields = line.split("\t")
-            if len(fields) == len(FIELDS):
-                found[FIELDS] += 1
-            elif len(fields) == len(LXMERT) and not unwrap(fields[3]).isdecimal():
-                found[LXMERT] += 1
+    for _, line in itertools.islice(logical_lines(short_lines(path)), count):
+        fields = line.split("\t")
+        if len(fields) == len(FIELDS):
+            found[FIELDS] += 1
+        elif len(fields) == len(LXMERT) and not unwrap(fields[3]).isdecimal():
+            found[LXMERT] += 1
     return LXMERT if found[LXMERT] > found[FIELDS] else FIELDS
 
 
@@ -127,7 +164,7 @@ def readable_id(fields: list[str], names: Sequence[str]) -> str | None:
     """
     place = names.index("image_id") if "image_id" in names else 0
     text = fields[place] if place < len(fields) else ""
-    if not text or len(text) > LONGEST_ID or not text.isprintable():
+    if not is_readable(text):
         return None
     if len(fields) < len(names):
         of_numbers = ("image_w", "image_h", "num_boxes")
@@ -144,7 +181,7 @@ def tsv_row(where: str, fields: list[str], names: Sequence[str], types: Types) -
     def read(width: int | None, max_boxes: int) -> Image:
         if len(fields) != len(names):
             raise InputError(
-                f"{where}: {len(fields)} fields, expected {len(names)}: {', '.join(names)}"
+                f"{where}: {len(fields)} fields, expected {len(names)}: {in_words(names)}"
             )
         row = dict(zip(names, fields, strict=True))
         return tsv_image(where, row, width, max_boxes, types)
@@ -162,11 +199,13 @@ def tsv_image(
     """
     counts = [row.get(name, "") for name in ("image_w", "image_h", "num_boxes")]
     try:
-        *size, n = (int(float(x)) for x in counts)
+        *size, count = map(float, counts)
+        size = [int(x) for x in size]
     except (ValueError, OverflowError):
         raise InputError(
-            f"{where}: image_w, image_h, num_boxes are {counts}, expected numbers"
+            f"{where}: image_w, image_h, num_boxes are {reprlib.repr(counts)}, expected numbers"
         ) from None
+    n = whole_number(count, where)
     boxes, features = (raw_bytes(row[name], where, name) for name in ("boxes", "features"))
     if n < 1 or (n > max_boxes and len(boxes) < 8 * n):
         raise InputError(f"{where}: {n} boxes, expected 1 to {max_boxes}; see --max_boxes")

@@ -19,6 +19,7 @@ from util.cli import InputError
 ITEM_SIZES = (2, 4, 8)  # bytes of float16, float32, float64
 USUAL_WIDTHS = (2048, 1024)  # of features, in the field's data sets
 LARGEST_PIXEL = 1e6
+LONGEST_ID = 200  # characters
 
 
 class Image(NamedTuple):
@@ -37,6 +38,18 @@ class Row(NamedTuple):
     where: str
     image_id: str | None  # None: the row is too damaged to tell
     read: Callable[[int | None, int], Image]
+
+
+def is_readable(image_id: str) -> bool:
+    """Whether a text can be an id: a line of {out}_ids.txt."""
+    return 0 < len(image_id.strip()) <= len(image_id) <= LONGEST_ID and image_id.isprintable()
+
+
+def whole_number(count: float, where: str) -> int:
+    """The number of boxes. Raises InputError if it is none, such as 2.9 or NaN."""
+    if not float(count).is_integer():
+        raise InputError(f"{where}: num_boxes is {count:g}, expected a whole number")
+    return int(count)
 
 
 def whole_image(
