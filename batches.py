@@ -6,6 +6,7 @@ per region, W words.
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -94,6 +95,7 @@ def leave_signals_to_the_loop(worker: int) -> None:
     Ctrl-C and the SIGTERM of a scheduler reach the workers too, and a worker that dies of one tears
     the loop's step. The loop's own process ends a worker by SIGTERM, so only that one counts.
     """
+    sys.excepthook = say_nothing_of_a_loop_that_is_gone
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGBUS"):  # torch's handler would say that shared memory is short
         signal.signal(signal.SIGBUS, signal.SIG_DFL)
@@ -108,6 +110,16 @@ def leave_signals_to_the_loop(worker: int) -> None:
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def say_nothing_of_a_loop_that_is_gone(kind, error, trace) -> None:
+    """Stands in for sys.excepthook in a loader worker.
+
+    A thread of torch's hands batches to the loop. If the loop's process stops for a signal at that
+    moment, the connection breaks, and the thread would print a traceback.
+    """
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def largest_item(dataset: Dataset) -> int:
