@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from data import PrecompDataset, collate_fn
 from pairs import Encoding
 from util.arrays import open_array
+from util.cache_folders import writable
 from util.cli import InputError, progress, replacing
 from util.devices import to_device
 from util.fingerprint import file_hash
@@ -160,36 +160,6 @@ def caption_words(dataset: PrecompDataset) -> dict:
     return {"captions": dataset.n_captions, "words_sha256": digest.hexdigest()}
 
 
-def cache_places(folder: str, split: str, cache: str | None) -> list[str]:
-    """The folders in which vectors may be kept; the first that can be written to is taken.
-
-    `{split}_search` of the data folder, then a folder of the user's own cache; or, if `cache` is
-    given, only a folder in that one.
-    """
-    path = os.path.realpath(folder).encode("utf-8", "surrogateescape")
-    name = f"{split}_{hashlib.sha256(path).hexdigest()[:16]}"  # several data sets may share a cache
-    if cache:
-        return [os.path.join(os.path.expanduser(cache), name)]
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return [os.path.join(folder, f"{split}_search"), os.path.join(base, "image_text_search", name)]
-
-
-def writable(places: Sequence[str]) -> str:
-    """The first of the folders in which files can be written. Raises InputError if none is one."""
-    said = []
-    for place in places:
-        try:
-            os.makedirs(place, exist_ok=True)
-            with tempfile.TemporaryFile(dir=place):
-                return place
-        except OSError as error:
-            said.append(f"{place} ({error.strerror})")
-    raise InputError(
-        f"no folder for the vectors of the first stage: {', '.join(said)} cannot be written to; "
-        "give another with --cache FOLDER"
-    )
-
-
 def kept_vectors(places: Sequence[str], kept: Kept) -> tuple[np.ndarray, str]:
     """The vectors (N, D), memory-mapped, and the path of their files without ending.
 
@@ -283,8 +253,7 @@ def as_written(path: str) -> dict:
 def is_as_written(path: str, said) -> bool:
     """Whether a file is the one of which `said` was written down.
 
-    Of a file of the same size and time the SHA-256 is not computed: of a million vectors that would
-    take seconds.
+    Of a file of the same size and time the SHA-256 is not computed: that could take seconds.
     """
     if not isinstance(said, dict):
         return False
@@ -294,6 +263,15 @@ def is_as_written(path: str, said) -> bool:
 
 
 # The index
+
+
+def here(path: str) -> list[int]:
+    """What no copy of a file has: its number on the disk, and when it was last changed.
+
+    faiss trusts a file that it reads. So an index is read only if it was written here.
+    """
+    state = os.stat(path)
+    return [state.st_ino, state.st_size, state.st_ctime_ns]
 
 
 def load_faiss():
@@ -377,14 +355,19 @@ class VectorIndex:
     def _kept_cells(self, vectors: np.ndarray, stem: str):
         """The IVF index of the vectors in `{stem}.npy`, kept in `{stem}.faiss`."""
         path, record = f"{stem}.faiss", read_record(f"{stem}.json") or {}
-        if not os.path.isfile(path) or not is_as_written(path, record.get("index")):
-            if os.path.isfile(path):
-                print(f"notice: {path}: of other vectors, or damaged; the index is made again")
+        said, there = record.get("index"), os.path.isfile(path)
+        if not (there and isinstance(said, dict) and said.get("here") == here(path)):
+            if there:
+                print(
+                    f"notice: {path}: copied here, of other vectors, or damaged; the index is made "
+                    "again"
+                )
             index = self._cells(vectors)
             try:
                 with replacing(path, f".{os.getpid()}.part") as part:
                     self.faiss.write_index(index, part)
-                write_record(f"{stem}.json", record | {"index": as_written(path)})
+                said = as_written(path) | {"here": here(path)}
+                write_record(f"{stem}.json", record | {"index": said})
             except (OSError, RuntimeError) as error:  # faiss has errors of its own
                 print(f"notice: {path}: the index could not be written ({error})")
                 return index

@@ -30,6 +30,7 @@ from data import PrecompDataset, collate_fn
 from explain import tokens_of
 from pairs import Encoding
 from system import ServedImage
+from util.cache_folders import cache_places
 from util.cli import InputError
 from util.devices import pick_device, to_device
 from util.fingerprint import file_hash
@@ -144,7 +145,7 @@ class Searcher:
 
     `data_path` and `data_name` say where the data is; default: as in training. The split may lack
     captions. `first_stage` is another checkpoint, whose vectors make the shortlist; default: those
-    of the model itself. `cache` is the folder for these vectors (first_stage.cache_places). They
+    of the model itself. `cache` is the folder for these vectors (util/cache_folders.py). They
     are read or computed at the first search, or by `prepare`. Raises FileNotFoundError or
     InputError.
     """
@@ -179,7 +180,7 @@ class Searcher:
         self.split, self.ids = split, self.dataset.ids
         self.stem = os.path.join(self.folder, split)  # of the names of the split's files
         self.n_images, self.n_captions = self.dataset.n_images, self.dataset.n_captions
-        self._places = stage.cache_places(self.folder, split, cache)
+        self._places = cache_places(self.folder, split, cache)
 
     @functools.cached_property
     def captions(self) -> list[str]:

@@ -56,6 +56,6 @@ def open_split(
             line = int(dataset.lengths.argmax()) + 1
             raise InputError(
                 f"{folder}: caption {line} of {split} has {longest} pieces, but this BERT reads at "
-                f"most {room}; shorten it"
+                f"most {room}; shorten it, or train with --max_words"
             )
     return dataset

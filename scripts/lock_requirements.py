@@ -88,7 +88,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     opt = parse(argv)
     wheels = sorted(opt.wheels.glob("*.whl")) if opt.wheels else []
-    locks = [x for x in FOLDER.glob("*.lock") if x.name != "torch-cpu.lock"]
+    locks = [x for x in FOLDER.glob("*.lock") if "cpu" not in x.stem]
     known = {name_of(package): package for lock in locks for package in packages_of(lock)}
     core = compile_lock([ROOT / "requirements.txt"], known, opt.upgrade)
     names = {name_of(package) for package in core}

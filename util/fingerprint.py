@@ -38,7 +38,9 @@ def fingerprint_of(splits: Iterable[list[str]], name: str) -> dict:
 
 def is_fingerprint(x) -> bool:
     """Whether a value from a file has the form of a fingerprint."""
-    return isinstance(x, dict) and {key: type(value) for key, value in x.items()} == KEYS
+    if not isinstance(x, dict) or {key: type(value) for key, value in x.items()} != KEYS:
+        return False
+    return len(x["name"]) <= 1000 and len(x["sha256"]) <= 64 and 0 <= x["lines"] < 2**63
 
 
 def other_captions(
