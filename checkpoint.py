@@ -25,6 +25,7 @@ from util.checkpoint_saving import SaveError, save  # noqa: F401  (the programs 
 from util.cli import InputError
 from util.file_kinds import kind_of
 from util.json_file import fault_of
+from util.pickle_scan import check_torch_file
 from util.state_checks import STEPS, counting_parameters, shown
 from vocab import Vocabulary, deserialize_vocab, existing_file
 
@@ -152,6 +153,7 @@ def read(path: str, device: str | torch.device = "cpu") -> dict:
         raise FileNotFoundError(f"{path}: no such checkpoint")
     checkpoint_files.check_whole(path)
     try:
+        check_torch_file(path)
         with torch.serialization.safe_globals(SAFE):
             checkpoint = torch.load(path, map_location=device, weights_only=True)
     except PermissionError:
@@ -163,10 +165,11 @@ def read(path: str, device: str | torch.device = "cpu") -> dict:
                 f"{path}: refused, it would run code or load objects that no checkpoint of this "
                 f"field holds ({foreign[1][:100]}); get the file from its authors"
             ) from None
+        reason = fault_of(error) if isinstance(error, ValueError) else type(error).__name__
         kind = kind_of(path)
         said = "copy it again" if not kind or "torch.save" in kind else f"it is {kind}"
         raise InputError(
-            f"{path}: not a checkpoint, or a damaged one ({type(error).__name__}); {said}"
+            f"{path}: not a checkpoint, or a damaged one ({reason}); {said}"
         ) from None
     return published.clean(checkpoint, path)
 

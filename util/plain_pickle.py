@@ -8,7 +8,6 @@ them, and keep them; of an object of the class Vocabulary they keep the attribut
 
 import os
 import pickle
-import pickletools
 import re
 from typing import BinaryIO
 
@@ -17,6 +16,7 @@ import numpy as np
 from util.cli import InputError
 from util.json_file import fault_of, first_line
 from util.npy_reader import read_array, read_header
+from util.pickle_scan import check_pickle
 
 # The dtypes of numbers, strings, bytes and objects, but no structured dtypes.
 _DTYPE = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248]|[SU]\d{0,6}|O8?)")
@@ -173,23 +173,10 @@ class _VocabularyUnpickler(_Unpickler):
         return _Attributes if name == "Vocabulary" else super().find_class(module, name)
 
 
-def _check_memo(file: BinaryIO) -> None:
-    """Raise ValueError if a pickle numbers an object beyond its bytes; the file stays in its place.
-
-    The unpickler gives a table of as many rows its memory before it reads on.
-    """
-    start, size, name = file.tell(), os.fstat(file.fileno()).st_size, ""
-    while name != "STOP":
-        opcode = pickletools.code2op.get(file.read(1).decode("latin1"))
-        if opcode is None:
-            raise ValueError("it is cut, or no pickle")
-        name = opcode.name
-        if name == "STRING":  # Python 2's, in any encoding
-            file.readline()
-        elif opcode.arg is not None:
-            argument = opcode.arg.reader(file)
-            if name.endswith("PUT") and argument > size:
-                raise ValueError(f"object number {argument:,} in {size:,} bytes")
+def _look_through(file: BinaryIO) -> None:
+    """Check the pickle at the place of a file, which stays there."""
+    start = file.tell()
+    check_pickle(file, os.fstat(file.fileno()).st_size)
     file.seek(start)
 
 
@@ -202,14 +189,14 @@ def load_objects(path: str | os.PathLike) -> np.ndarray:
     try:
         with open(path, "rb") as file:
             if file.peek(6)[:6] != b"\x93NUMPY" and file.peek(1)[:1] in (b"\x80", b"c"):
-                _check_memo(file)
+                _look_through(file)
                 array = _Unpickler(file, encoding="latin1").load()
                 return array.value if isinstance(array, _Array) else _refuse("no array")
             shape, _, dtype = read_header(file)
             if not dtype.hasobject:
                 file.seek(0)
                 return read_array(file, os.fstat(file.fileno()).st_size)
-            _check_memo(file)
+            _look_through(file)
             objects = _Unpickler(file, encoding="latin1").load()
             objects = objects.value if isinstance(objects, _Array) else _refuse("no array")
     except _Refused as error:
@@ -256,7 +243,7 @@ def load_vocabulary(path: str | os.PathLike) -> dict:
 
 def _read_vocabulary(path: str | os.PathLike, encoding: str) -> dict:
     with open(path, "rb") as file:
-        _check_memo(file)
+        _look_through(file)
         found = _VocabularyUnpickler(file, encoding=encoding).load()
     found = getattr(found, "value", None) if isinstance(found, _Attributes) else found
     return found if isinstance(found, dict) else _refuse("no object with attributes")
