@@ -174,6 +174,10 @@ def check_parts(tokenizer: dict) -> None:
     special = ["[CLS]", "[SEP]", WordPieces.unknown, WordPieces.mask]
     if model.get("type") != "WordPiece" or not model["vocab"].keys() >= set(special):
         raise ValueError(f"expected WordPiece, {' '.join(special)} among its pieces")
+    # The library makes tables as long as the largest id.
+    ids = [*model["vocab"].values(), *(x["id"] for x in tokenizer.get("added_tokens") or [])]
+    if not all(type(x) is int and 0 <= x < 10 * len(ids) for x in ids):
+        raise ValueError(f"expected ids of pieces from 0 to the {len(ids)} pieces that are there")
     if not 0 < model.get("max_input_chars_per_word", 100) <= LONGEST_WORD:
         raise ValueError(f"expected words of at most {LONGEST_WORD} letters")
     parts = [tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")]

@@ -168,9 +168,7 @@ def read(path: str, device: str | torch.device = "cpu") -> dict:
         reason = fault_of(error) if isinstance(error, ValueError) else type(error).__name__
         kind = kind_of(path)
         said = "copy it again" if not kind or "torch.save" in kind else f"it is {kind}"
-        raise InputError(
-            f"{path}: not a checkpoint, or a damaged one ({reason}); {said}"
-        ) from None
+        raise InputError(f"{path}: not a checkpoint, or a damaged one ({reason}); {said}") from None
     return published.clean(checkpoint, path)
 
 

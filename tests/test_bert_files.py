@@ -133,3 +133,16 @@ def test_without_the_library_the_error_says_how_to_get_it(tiny, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", absent)
     with pytest.raises(InputError, match="pip install transformers"):
         train.main(flags())
+
+
+@pytest.mark.parametrize("place", ["vocab", "added_tokens"])
+@pytest.mark.parametrize("number", [2**31, 2**28, 10_000, -1, 2.5, "3", None])
+def test_a_piece_with_a_number_far_from_the_others_is_refused(little, place, number):
+    """The library makes a table as long as the largest one."""
+    tokenizer = json.loads(bert.WordPieces.read(little[0]).state_dict()["tokenizer_json"])
+    if place == "vocab":
+        tokenizer["model"]["vocab"]["dog"] = number
+    else:
+        tokenizer["added_tokens"][-1]["id"] = number
+    with pytest.raises(InputError, match="x: not BERT's tokens: expected ids of pieces from 0"):
+        bert.WordPieces(json.dumps(tokenizer), "x")
