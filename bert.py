@@ -66,9 +66,10 @@ def source_of(given: str | os.PathLike | None, named: str, path: str) -> str:
         print(f"notice: {path}: what it lacks of its BERT is read from {named}, as its options say")
         return named
     raise InputError(
-        f"{path}: it does not hold its BERT's tokens and configuration, and its options name "
-        f"{shown_value(named)}, which is no folder here and is not looked up; give --vocab_path "
-        "(to train: --bert_path) the folder, or the name, of the BERT that it started from"
+        f"{path}: it does not hold its BERT's tokens and configuration, and its options name BERT "
+        f"{shown_value(named)[1:-1]}, which is not a folder here and is not looked up; give "
+        "--vocab_path (to train: --bert_path) the folder, or the name, of the BERT that it started "
+        "from"
     )
 
 

@@ -40,7 +40,7 @@ from util.coco_ids import (  # noqa: F401
 )
 from util.devices import pick_device
 from util.image_ids import id_key
-from util.json_file import read_json
+from util.json_file import fault_of, read_json
 
 PLAUSIBLE = "pm_image_to_caption.json", "pm_caption_to_image.json"
 
@@ -62,7 +62,12 @@ def package(extra_path: str | None = None):
         raise InputError(f"{missing}: no such file, but {there[0]} exists; PMRP needs both")
     for path in there:
         check_plausible(path)
-    return eccv_caption.Metrics(extra_file_dir=extra_path if there else None)
+    try:
+        return eccv_caption.Metrics(extra_file_dir=extra_path if there else None)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"{' or '.join(there)}: expected {{id: [ids]}} ({fault_of(error)}); download it again"
+        ) from None
 
 
 def check_plausible(path: str) -> None:

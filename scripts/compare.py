@@ -161,6 +161,11 @@ def prepare(opt: argparse.Namespace) -> list[str]:
     return [*data, "--vocab_path", opt.vocab_path, "--img_dim", str(numbers)]
 
 
+def read_log(folder: Path) -> list[dict]:
+    """The log of train.py, one dict per epoch."""
+    return read_json_lines(folder / "log.jsonl")
+
+
 def train(folder: Path, flags: list[str]) -> list[dict]:
     """Run train.py in a folder from its last whole epoch on; return its log. Output: train.log."""
     command = [sys.executable, str(ROOT / "train.py"), *flags]
@@ -186,7 +191,7 @@ def train(folder: Path, flags: list[str]) -> list[dict]:
     if code:
         last = (folder / "train.log").read_text().strip().splitlines()[-1]
         raise InputError(f"{folder}/train.log: training ended with {code}: {last}")
-    return read_json_lines(folder / "log.jsonl")
+    return read_log(folder)
 
 
 def fit(folder: Path, flags: list[str], opt: argparse.Namespace) -> list[dict]:
@@ -197,7 +202,7 @@ def fit(folder: Path, flags: list[str], opt: argparse.Namespace) -> list[dict]:
 
     if opt.num_epochs:
         return train(folder, flags + schedule(opt.num_epochs))
-    log = read_json_lines(folder / "log.jsonl")
+    log = read_log(folder)
     if len(log) < 2:  # the rate stays the same in both
         log = train(folder, [*flags, "--num_epochs", "2", "--lr_update", "2"])
     # The first epoch, with the summed hinge loss, is slower.
@@ -227,7 +232,7 @@ def one_run(
         return json.loads(done.read_text()), read_ranks(ranks)
     print(f"{SYSTEMS[system].compared[0]}, seed {seed}: {shlex.join(flags)}", flush=True)
     # A result without ranks, of an older version, is of a finished training.
-    log = read_json_lines(folder / "log.jsonl") if done.is_file() else fit(folder, flags, opt)
+    log = read_log(folder) if done.is_file() else fit(folder, flags, opt)
     best = str(folder / "model_best.pth.tar")
     model, _, _ = ckpt.load_model(best)
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)

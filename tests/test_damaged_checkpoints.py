@@ -98,7 +98,7 @@ def test_odd_tensors_in_the_state_of_the_optimizer(refused, optimizer):
                 ),
                 **flags,
             )
-            assert f"its run state does not fit: optimizer: state {k}" in said and ADVICE in said
+            assert f"its run state does not fit (optimizer: state {k}" in said and ADVICE in said
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def set_group(**values):
 )
 def test_odd_groups_of_the_optimizer(refused, change):
     said = refused(lambda state: change(state["run"]["optimizer"]))
-    assert "its run state does not fit: optimizer" in said
+    assert "its run state does not fit (optimizer" in said
 
 
 def test_how_a_step_is_computed_is_not_the_choice_of_the_file(tmp_path):
@@ -202,7 +202,7 @@ def test_odd_places(refused, name, x):
     if name == "loss_sum" and isinstance(x, int) and x == -3:
         return
     said = refused(lambda state: state["run"].update({name: x}))
-    assert f"its run state does not fit: {name} is " in said and "expected a" in said
+    assert f"its run state does not fit ({name} is " in said and "expected a" in said
     assert ADVICE in said
 
 
@@ -210,11 +210,11 @@ def test_odd_places(refused, name, x):
     ("name", "x"),
     [("val_due", 1), ("val_due", "yes"), ("n_captions", -1), ("n_captions", "20")]
     + [("epoch", 1.0), ("batch", 0.5), ("batch", 3), ("best_rsum", 601), ("best_rsum", -2)]
-    + [("epoch", 10**6 + 1), ("epoch", 7), ("Eiters", 2), ("best_rsum", 99.0)],
+    + [("epoch", 10**6 + 1)],
 )
 def test_places_that_no_run_comes_to(refused, name, x):
-    """20 captions in batches of 16 are two batches; epoch and steps stand in the file twice."""
-    assert f"its run state does not fit: {name} is " in refused(
+    """20 captions in batches of 16 are two batches."""
+    assert f"its run state does not fit ({name} is " in refused(
         lambda state: state["run"].update({name: x})
     )
 
