@@ -34,8 +34,8 @@ command=("$PYTHON")
 "${command[@]}" train.py --model_name "$run" --logger_name "$run" --resume auto --keep 3 "$@" &
 training=$!
 stopped=
-stop() { # once: a second signal would end train.py before it has saved
-  [ -n "$stopped" ] || kill -TERM "$training" 2> /dev/null || true
+stop() {
+  kill -TERM "$training" 2> /dev/null || true
   stopped=yes
 }
 trap stop TERM

@@ -26,7 +26,7 @@ def read_scores(path: str) -> list[dict[str, float]]:
     for row, line in enumerate(json_lines(path), 1):
         urls, values = lists(line, "urls", name, f"{path}: line {row}")
         if not all(map(is_number, values)):
-            raise InputError(f"{path}: line {row}: expected finite numbers in {name}")
+            raise InputError(f"{path}: line {row}: expected numbers in {name}, finite ones")
         scores.append(dict(zip(urls, values, strict=True)))
     return scores
 

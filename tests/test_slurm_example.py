@@ -25,7 +25,7 @@ def train_step(run, *args):
         open({mark!r}, "w").close()
         os.kill(os.getppid(), signal.SIGTERM)
         os.kill(os.getppid(), signal.SIGTERM)
-        while signal.getsignal(signal.SIGTERM) is not signal.default_int_handler:
+        while signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
             time.sleep(0.01)  # until the script has passed it on
     return step(run, *args)
 
@@ -54,7 +54,8 @@ def job(tiny):
         env = os.environ | {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "42"}
         env |= {"PATH": f"{tiny}/bin:{os.environ['PATH']}", "PYTHON": str(python)}
         command = ["bash", str(copy), *args]
-        return subprocess.run(command, cwd=tiny / "spool", env=env, capture_output=True, text=True)
+        said = {"capture_output": True, "text": True, "timeout": 300}
+        return subprocess.run(command, cwd=tiny / "spool", env=env, **said)
 
     return start
 

@@ -23,6 +23,11 @@ class InputError(ValueError):
         super().__init__(one_line(message))
 
 
+def printable(text: str) -> str:
+    """The text with ? for line breaks, control characters, and halves of characters."""
+    return "".join(x if x.isprintable() else "?" for x in text)
+
+
 def one_line(text: str) -> str:
     """A message as one line of printable characters, cut in its middle if it is very long.
 
@@ -31,8 +36,7 @@ def one_line(text: str) -> str:
     """
     if "\nOriginal Traceback" in text:
         text = text.strip().rpartition("Error: ")[2]
-    # Line breaks, control characters, and halves of characters, which no terminal can encode.
-    text = "".join(x if x.isprintable() else repr(x)[1:-1] for x in text)
+    text = printable(text)
     half = LONGEST // 2 - 5
     return text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
 

@@ -5,7 +5,7 @@ import os
 import reprlib
 from pathlib import Path
 
-from util.cli import InputError
+from util.cli import InputError, printable
 from util.file_kinds import kind_of
 
 LONGEST = 300  # letters of a library's message
@@ -64,4 +64,4 @@ def first_line(text: str) -> str:
     """The first line of a text for a message, cut where it is long."""
     line = (text.strip().splitlines() or [""])[0]
     cut = line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
-    return "".join(x if x.isprintable() else "?" for x in cut)
+    return printable(cut)

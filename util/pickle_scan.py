@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 DEEPEST = 20  # tuples in tuples: to hash n of them, each twice in the next, takes 2^n steps
 FILLED = "bytearray"  # the container that a number fills; no file of this field needs it
-_MARK, _TUPLES = -1, {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
+_MARK = -1
 LEGACY_PICKLES = 5  # in a file of PyTorch before 1.6; the numbers of its tensors follow
 
 
@@ -60,7 +60,7 @@ def _take_and_give(opcode: pickletools.OpcodeInfo, stack: list[int]) -> None:
                 taken.append(stack.pop())
         elif stack:
             taken.append(stack.pop())
-    depth = max([0, *taken]) + (opcode.name in _TUPLES)
+    depth = max([0, *taken]) + opcode.name.startswith("TUPLE")
     if depth > DEEPEST:
         raise ValueError(f"more than {DEEPEST} tuples lie in each other")
     stack += [_MARK if item is pickletools.markobject else depth for item in opcode.stack_after]

@@ -8,7 +8,7 @@ import os
 import stat
 import warnings
 
-from util.cli import InputError
+from util.cli import InputError, printable
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # in lower case
@@ -71,11 +71,6 @@ def open_picture(
             raise InputError(
                 f"{name}: damaged, or not a picture that can be read ({said[:200]})"
             ) from None
-
-
-def printable(text: str) -> str:
-    """A file's name or a message without what would control a terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _in_rgb(picture, turn: bool):

@@ -153,7 +153,8 @@ def check_weights(states: list[dict[str, Tensor]], path: str) -> None:
     for state in states:
         for name, x in state.items():
             if not _is_finite(x):
-                raise InputError(f"{path}: its weight {name} has numbers that are inf or nan")
+                said = "holds NaN or Inf; are the weights those of a run that diverged?"
+                raise InputError(f"{path}: its weight {name} {said}")
 
 
 def check_like(x, own: Tensor, name: str) -> None:
@@ -167,7 +168,7 @@ def check_like(x, own: Tensor, name: str) -> None:
     if x.stride() != own.stride() and not x.is_contiguous():
         raise InputError(f"{name} does not lie in memory as it is read")
     if not _is_finite(x):
-        raise InputError(f"{name} has numbers that are inf or nan")
+        raise InputError(f"{name} holds NaN or Inf")
 
 
 def module_state(saved, module: nn.Module, name: str) -> dict[str, Tensor]:

@@ -18,8 +18,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from util.cli import InputError
-from util.pictures import printable
+from util.cli import InputError, printable
 from util.upload_worker import (
     HEAD,
     LENGTH,

@@ -37,7 +37,7 @@ def read_vectors(path: str, vocab: Vocabulary, dim: int) -> tuple[list[int], Ten
         for row, line in enumerate(progress(lines, "word vectors"), 1):
             fields = line.removeprefix(b"\xef\xbb\xbf" if row == 1 else b"").rstrip().split(b" ")
             # The first line of a .vec file.
-            head = row == 1 and len(fields) == 2 and fields[1].isdigit() and len(fields[1]) < 10
+            head = row == 1 and len(fields) == 2 and fields[1].isdigit() and len(fields[1]) < 20
             numbers = int(fields[1]) if head else len(fields) - 1
             # A word may hold spaces; some words of glove.840B do.
             if numbers < dim or (row == 1 and numbers > dim):
