@@ -1,6 +1,7 @@
 """Damage to a checkpoint's bytes is found, a full disk leaves the older ones, and a run goes on."""
 
 import argparse
+import errno
 import hashlib
 import os
 import random
@@ -20,6 +21,7 @@ import run_state
 import train
 from tests.conftest import same_weights, train_args
 from tests.hostile import refusal, trained
+from util import checkpoint_files
 from util.checkpoint_files import check_whole, fault_of, newest_whole, rotate, seal
 from util.cli import InputError
 
@@ -198,6 +200,17 @@ def test_rotation(folder):
     os.utime(folder / "checkpoint_0.pth.tar", (0, 0))
     rotate(folder, 1)  # the last whole one
     assert "checkpoint_0.pth.tar" in names(folder)
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(folder, monkeypatch, capsys):
+    def refuse(path):
+        raise PermissionError(errno.EPERM, "Operation not permitted", path)
+
+    monkeypatch.setattr(checkpoint_files.os, "remove", refuse)
+    ckpt.save(place(5), str(folder), "checkpoint_4.pth.tar", keep=1)
+    said = "an old checkpoint could not be removed (Operation not permitted)"
+    assert f"warning: {folder}: {said}" in capsys.readouterr().out
+    assert newest_whole(folder) == str(folder / "checkpoint_4.pth.tar")
 
 
 @pytest.fixture

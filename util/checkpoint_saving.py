@@ -39,7 +39,6 @@ def save(state: dict, directory: str, name: str, is_best: bool = False, keep: in
         os.replace(parts[0], path)
         if hasattr(os, "O_DIRECTORY"):  # elsewhere a folder cannot be opened
             sync(directory)
-        checkpoint_files.rotate(directory, keep)
     except BaseException as error:  # a full disk, a second Ctrl-C: leave no half file
         for part in parts:
             with contextlib.suppress(OSError):
@@ -49,6 +48,11 @@ def save(state: dict, directory: str, name: str, is_best: bool = False, keep: in
             raise
         needed = bytes_of(state) * (1 + is_best)
         raise SaveError(said_of_disk(path, cause, needed)) from None
+    try:
+        checkpoint_files.rotate(directory, keep)
+    except OSError as error:  # the new one is saved
+        said = error.strerror or error
+        print(f"warning: {directory}: an old checkpoint could not be removed ({said})")
 
 
 def sync(path: str) -> None:
