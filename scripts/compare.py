@@ -163,7 +163,12 @@ def prepare(opt: argparse.Namespace) -> list[str]:
 
 def read_log(folder: Path) -> list[dict]:
     """The log of train.py, one dict per epoch."""
-    return read_json_lines(folder / "log.jsonl")
+    path = folder / "log.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError:  # a torn line, which train.py leaves out too
+        return read_json_lines(path)
 
 
 def train(folder: Path, flags: list[str]) -> list[dict]:
