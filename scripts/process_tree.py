@@ -35,20 +35,6 @@ def tree(pid: int) -> list[int]:
     return found
 
 
-def in_group(group: int) -> list[int]:
-    """The processes of a process group that run, or are stopped; not those that ended."""
-    found = []
-    for path in PROC.glob("[0-9]*/stat"):
-        try:
-            # The name stands in brackets and may hold blanks.
-            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(its_group) == group and state not in "ZX":
-            found.append(int(path.parent.name))
-    return found
-
-
 def command_of(pid: int) -> str:
     """The command line of a process, or nothing if it ended."""
     try:
