@@ -84,7 +84,8 @@ def read_options(argv: list[str] | None) -> tuple[argparse.Namespace, dict | Non
     then = vars(resumed["opt"])
     taken = options.model_options() if first.reset_start_epoch else then.keys() - NOT_TAKEN
     # Folders of another machine are not taken.
-    taken -= {x for x in ("data_path", "vocab_path") if not os.path.exists(str(then.get(x)))}
+    folders = {"data_path", "vocab_path"} - resumed["unfit"].keys()
+    taken -= {x for x in folders if not os.path.exists(str(then.get(x)))}
     stored = {name: then[name] for name in taken if name in then}
     read = {name: x for name, x in (stored | resumed["unfit"]).items() if name in taken - names}
     check_stored(options.build_parser()[0], read, path)

@@ -17,7 +17,8 @@ from util.cli import InputError
 
 
 @pytest.fixture
-def refused(tmp_path):
+def refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where there is no ./data/
     return partial(refusal, tmp_path)
 
 
