@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 import checkpoint as ckpt
 import options
@@ -43,10 +44,10 @@ def banner(
     dev_set: PrecompDataset,
     model: nn.Module,
     criterion: nn.Module,
-    workers: int,
+    loader: DataLoader,
 ) -> str:
     """What a run works with, in lines with a name each."""
-    steps = -(-len(train_set) // opt.batch_size)
+    steps = loader.batch_sampler.batches
     title = systems.of(opt).title
     facts = {
         "train": split_counts(train_set),
@@ -54,7 +55,7 @@ def banner(
         "fingerprint": captions_mark(train_set),
         "vocabulary": vocabulary(opt, vocab, train_set),
         "parameters": parameters(opt, model, criterion),
-        "device": f"{device_name(device)}; {loaders(workers)}",
+        "device": f"{device_name(device)}; {loaders(loader.num_workers)}",
         "seed": f"{opt.seed}",
         "versions": versions(),
         "code": code(),

@@ -34,6 +34,7 @@ def collate_fn(items: list[dict]) -> Batch:
 
     Tensors of different shapes are padded with zeros to the largest. If images have different
     numbers of regions, 'filling' (B, R) says what is padding, and 'region_mask' what is scored.
+    'widest' (B,) says of how many regions the image is that --drop left most of.
     """
     batch = Batch()
     for name in items[0]:
@@ -50,6 +51,9 @@ def collate_fn(items: list[dict]) -> Batch:
         largest = [max(sizes) for sizes in zip(*(x.shape for x in values), strict=True)]
         values = [pad_to(x, largest) for x in values]
         batch[name] = default_collate(values)  # in a worker, straight into shared memory
+    if "region_mask" in items[0]:
+        left = batch["region_mask"].sum(1)  # (B,)
+        batch["widest"] = left.max().expand(len(left)).clone()  # (B,)
     return batch
 
 
@@ -65,18 +69,30 @@ class EpochSampler(Sampler[list[int]]):
     """Batches of a shuffle that depends on (seed, epoch) only, from batch `first` on.
 
     Because the order follows from the epoch, a resumed run equals an unbroken one. With several
-    processes each takes its share of every batch. The last one may be short (Q27).
+    processes each takes its share of every batch. The last one may be short; with `drop_last` it is
+    left out then, unless it is the only one (Q27).
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self,
+        n: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = False,
+    ):
         self.n, self.batch_size, self.seed = n, batch_size, seed
         self.rank, self.world_size = rank, world_size
+        self.batches = -(-n // batch_size)  # of a whole epoch
+        if drop_last:
+            self.batches = max(n // batch_size, 1)
         self.epoch = self.first = 0
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         order = torch.randperm(self.n, generator=generator)
-        for batch in order.split(self.batch_size)[self.first :]:
+        for batch in order.split(self.batch_size)[self.first : self.batches]:
             yield (
                 batch[self.rank :: self.world_size] if self.shared(len(batch)) else batch
             ).tolist()
@@ -86,7 +102,7 @@ class EpochSampler(Sampler[list[int]]):
         return size >= self.world_size
 
     def __len__(self) -> int:
-        return -(-self.n // self.batch_size) - self.first
+        return max(self.batches - self.first, 0)
 
 
 def leave_signals_to_the_loop(worker: int) -> None:
@@ -137,18 +153,20 @@ def get_train_loader(
     pin_memory: bool = False,
     rank: int = 0,
     world_size: int = 1,
+    drop_last: bool = False,
     multiprocessing_context: str | None = None,
 ) -> DataLoader:
     """Shuffled batches; set `loader.batch_sampler.epoch` (and `.first`) before each epoch.
 
-    Process `rank` of `world_size` gets its share of each batch. `multiprocessing_context` is how
-    workers are started (fork, forkserver, spawn); None: as the platform does.
+    Process `rank` of `world_size` gets its share of each batch. `drop_last` leaves out a last batch
+    that is short. `multiprocessing_context` is how workers are started (fork, forkserver, spawn);
+    None: as the platform does.
     """
     if workers:
         workers = workers_that_fit(workers, largest_item(dataset) * -(-batch_size // world_size))
     return DataLoader(
         dataset,
-        batch_sampler=EpochSampler(len(dataset), batch_size, seed, rank, world_size),
+        batch_sampler=EpochSampler(len(dataset), batch_size, seed, rank, world_size, drop_last),
         collate_fn=collate_fn,
         num_workers=workers,
         multiprocessing_context=multiprocessing_context if workers else None,

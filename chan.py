@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from attention import WORDS, restore_i2t
 from losses import InfoNCELoss, make_criterion  # noqa: F401  (people import the first from here)
-from model import Encoders, EncoderText, without_dropped
+from model import Encoders, EncoderText, beyond_widest, without_dropped
 from pairs import Encoding, PairScore, block_dots, pair_dots, pair_scores
 from system import System, encoder_options
 from util.arguments import POSITIVE
@@ -87,7 +87,7 @@ CODING: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
 }
 
 # From the numbers x (..., K) to one score; those of missing regions are -inf. LSE lacks the factor
-# belta, as published (Q23): it does not change the ranks, but the margin is in its unit.
+# belta, as published (Q23): the ranks stay the same, but the margin is in its unit.
 POOLING: dict[str, Callable[[Tensor, float], Tensor]] = {
     "LSEPooling": lambda x, belta: (x / belta).logsumexp(-1),
     "MeanPooling": lambda x, belta: present(x).sum(-1) / (~x.isneginf()).sum(-1),
@@ -236,6 +236,7 @@ class CHAN(Encoders):
         alpha: float = 0.1,
         belta: float = 0.1,
         mask_dropped: bool = False,
+        drop_in_place: bool = False,
         text_encoder: nn.Module | None = None,
     ):
         super().__init__()
@@ -252,18 +253,21 @@ class CHAN(Encoders):
         # Two more parts of the published checkpoints; they hold no weights.
         self.sim_enc = self.criterion = nn.Identity()
         self.config = CodingConfig(coding_type, pooling_type, alpha, belta)
-        self.mask_dropped = mask_dropped
+        self.mask_dropped, self.drop_in_place = mask_dropped, drop_in_place
 
     def encode_images(self, batch: dict[str, Tensor]) -> Encoding:
         """batch['images'] (I, R, img_dim) -> {'regions': (I, R, D)}.
 
         With batch['region_mask'] (I, R), the regions that are scored, also 'region_mask'. Those
-        that --drop has dropped are zeros in 'images'. The others attend to them, as published,
-        unless `mask_dropped` (Q13). Nothing attends to batch['filling'] (I, R).
+        that --drop has dropped are zeros in 'images'. The others attend to as many zeros as in the
+        published program; with `drop_in_place` to all of them, with `mask_dropped` to none (Q13).
+        Nothing attends to batch['filling'] (I, R).
         """
         ignored, mask = batch.get("filling"), batch.get("region_mask")  # (I, R)
         if self.mask_dropped and mask is not None:
             ignored = ~mask  # (I, R)
+        elif "widest" in batch and not self.drop_in_place:
+            ignored = beyond_widest(mask, ignored, batch["widest"])  # (I, R)
         return without_dropped(self.img_enc(batch["images"], ignored), batch)
 
     def similarity(self, images: Encoding, captions: Encoding) -> Tensor:
@@ -307,11 +311,7 @@ class CHANSystem(System):
             help="VHACoding (the best region of each word) | THACoding (the best word of each "
             "region) | VSACoding (a mean of the words for each region)",
         )
-        group.add_argument(
-            "--pooling_type",
-            default="LSEPooling",
-            help="LSEPooling | MeanPooling | MaxPooling | SumPooling | SoftmaxPooling",
-        )
+        group.add_argument("--pooling_type", default="LSEPooling", help=" | ".join(POOLING))
         group.add_argument("--alpha", default=0.1, type=POSITIVE, help="temperature of VSACoding")
         group.add_argument(
             "--belta",
@@ -329,6 +329,12 @@ class CHANSystem(System):
             help="regions do not attend to dropped ones (in the published code they attend to "
             "zeros)",
         )
+        group.add_argument(
+            "--drop_in_place",
+            action="store_true",
+            help="regions attend to the zeros of all dropped ones (in the published code to those "
+            "that fill its image up to the widest of the batch)",
+        )
 
     def build(self, opt, vocab_size, text_encoder=None) -> CHAN:
         options = encoder_options(opt)
@@ -341,6 +347,7 @@ class CHANSystem(System):
             alpha=opt.alpha,
             belta=opt.belta,
             mask_dropped=opt.mask_dropped,
+            drop_in_place=opt.drop_in_place,
             text_encoder=text_encoder,
         )
 

@@ -17,6 +17,7 @@ and the encoders make two encodings of the batch. These are all the names:
 | image_index     | batch    | (B,)         | which image the pair shows                       |
 | region_mask     | both     | (B, R)       | True: the region is scored; only if some are not |
 | filling         | batch    | (B, R)       | True: no region, only padding; only if some are  |
+| widest          | batch    | (B,)         | --drop: the most regions that an image has left  |
 | boxes           | batch    | (B, R, 4)    | GSMN: corners in parts of the image's size        |
 | adjacency       | both     | (B, W, W)    | GSMN, sparse: dependency pairs and the identity  |
 | blocks, overlap | batch    | (B, R, K)    | PFAN: block ids, and their parts of the overlap  |

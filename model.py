@@ -132,6 +132,18 @@ def without_dropped(regions: Tensor, batch: dict[str, Tensor]) -> Encoding:
     return {"regions": regions.masked_fill(~mask[..., None], 0), "region_mask": mask}
 
 
+def beyond_widest(mask: Tensor, filling: Tensor | None, widest: Tensor) -> Tensor:
+    """Places (I, R) that an image would not have if dropped regions were cut out: filling too.
+
+    mask (I, R): the regions that are left. The published CHAN packs them to the front, and a batch
+    is as wide as its widest image, `widest` (I,); the places up to there hold zeros. Where a zero
+    stands makes no difference to attention, so here the first dropped places are those.
+    """
+    dropped = ~mask if filling is None else ~(mask | filling)  # (I, R)
+    beyond = dropped & (dropped.cumsum(1) > (widest - mask.sum(1))[:, None])  # (I, R)
+    return beyond if filling is None else filling | beyond  # (I, R)
+
+
 def encode_in_parts(
     encode: Callable[[dict[str, Tensor]], Encoding], batch: dict[str, Tensor], parts: int
 ) -> Encoding:

@@ -226,6 +226,13 @@ def add_loss_options(group) -> None:
     group.add_argument(
         "--obj_drop_rate", default=0.2, type=fraction, help="part of the regions that --drop drops"
     )
+    group.add_argument(
+        "--keep_short_batch",
+        action=SWITCH,
+        default=False,
+        help="with --drop the last batch of an epoch is left out if it is short, as published for "
+        "CHAN; this trains on it too",
+    )
 
 
 def add_encoder_options(group) -> None:
@@ -332,6 +339,8 @@ def parse(argv: list[str] | None = None, stored: dict | None = None) -> argparse
         parser.error("--seed: expected a number below 2^63")
     if opt.obj_drop_rate != parser.get_default("obj_drop_rate") and not opt.drop:
         parser.error("--obj_drop_rate is for --drop")
+    if opt.keep_short_batch and not opt.drop:
+        parser.error("--keep_short_batch is for --drop: without it, all batches are trained on")
     if opt.bert_path != parser.get_default("bert_path") and opt.text_enc_type != "bert":
         parser.error("--bert_path is for --text_enc_type bert")
     if opt.text_enc_type == "bert" and (opt.wemb_type or opt.wemb_path):

@@ -197,6 +197,8 @@ def train_step(run: Run, batch: dict[str, torch.Tensor], size: int) -> float:
         # processes, a checkpoint holds only that of the first.
         step = run.state.Eiters * world_size + distributed.rank()
         torch.manual_seed((opt.seed * 1_000_003 + step) % 2**63)
+    if "widest" in batch:  # of this process's share
+        batch["widest"][:] = distributed.all_reduce_max(batch["widest"][:1])
     batch = to_device(batch, run.device)
     run.optimizer.zero_grad(set_to_none=True)
     with torch.autocast(run.device.type, torch.bfloat16, enabled=opt.amp):  # Q36
@@ -349,7 +351,13 @@ def set_up(opt: argparse.Namespace, device: torch.device, resumed: dict | None =
     processes = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     pin = device.type == "cuda"
     loader = get_train_loader(
-        train_set, opt.batch_size, opt.workers, opt.seed, pin_memory=pin, **processes
+        train_set,
+        opt.batch_size,
+        opt.workers,
+        opt.seed,
+        pin_memory=pin,
+        drop_last=opt.drop and not opt.keep_short_batch,
+        **processes,
     )
 
     model = ckpt.build_model(opt, len(vocab)).to(device)
@@ -358,7 +366,7 @@ def set_up(opt: argparse.Namespace, device: torch.device, resumed: dict | None =
     optimizer = system.optimizer(model, criterion, opt)
     if not opt.quiet:
         sets = train_set, dev_set
-        say(banner.banner(opt, device, vocab, *sets, model, criterion, loader.num_workers))
+        say(banner.banner(opt, device, vocab, *sets, model, criterion, loader))
     parts = vocab, loader, dev_set, model, model, criterion, optimizer
     run = Run(opt, device, *parts, RunState(), DataWatch(train_set, dev_set))
     fresh = resumed is None or opt.reset_start_epoch

@@ -121,6 +121,7 @@ def draw(seed: int, system: str | None = None) -> Case:
             mask[:, 0] = True
         images = batch["images"].masked_fill(~mask[..., None], 0)  # (B, R, F)
         batch |= {"region_mask": mask, "images": images}
+        batch["widest"] = mask.sum(1).max().expand(n)  # (B,)
     dependencies = None
     if system == "gsmn":
         batch["boxes"] = r.uniform(n, regions, 2, 2).sort(2).values.flatten(2)  # (B, R, 4)
@@ -149,7 +150,8 @@ def draw_options(r: Draws, system: str, regions: int) -> dict:
         if options["precomp_enc_type"] != "basic":  # 8 heads
             options["embed_size"] = r.pick([8, 16, 32, 64])
         options |= {"coding_type": r.pick(CODING), "pooling_type": r.pick(POOLING)}
-        return options | {"alpha": r.between(0.03, 3), "belta": r.between(0.03, 3)}
+        options |= {"alpha": r.between(0.03, 3), "belta": r.between(0.03, 3)}
+        return options | {"drop_in_place": r.chance(0.3)}
     if system == "vse":
         return options | {"pool": r.pick(POOLS)}
     options |= {"bi_gru": r.chance(0.7), "precomp_enc_type": r.pick(["basic", "weight_norm"])}

@@ -90,6 +90,9 @@ def encode_image(model: torch.nn.Module, item: dict[str, Tensor]) -> Tensor:
     block = getattr(encoder, "feedforward", None)
     if hasattr(block, "attn"):
         seen = mask if model.mask_dropped else torch.ones_like(mask)
+        if "widest" in item and not (model.mask_dropped or model.drop_in_place):
+            zeros = (~mask).nonzero()[:, 0]  # of dropped regions, cut behind the widest image
+            seen[zeros[max(0, int(item["widest"] - mask.sum())) :]] = False
         norms = [layer for name, layer in block.named_children() if name.startswith("ln")]
         x = x + self_attention(block.attn, layer_norm(norms[0], x), seen)
     if hasattr(block, "mlp"):

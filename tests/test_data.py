@@ -187,6 +187,17 @@ def test_order_follows_from_seed_and_epoch():
     assert list(again) == first[3:] and len(again) == 4
 
 
+def test_a_short_last_batch_can_be_left_out():
+    whole, cut = EpochSampler(50, 8, seed=3), EpochSampler(50, 8, seed=3, drop_last=True)
+    assert list(cut) == list(whole)[:6] and len(cut) == 6
+    cut.first = 6  # stopped after the last step
+    assert list(cut) == [] and len(cut) == 0
+    even = EpochSampler(48, 8, seed=3, drop_last=True)
+    assert len(even) == len(list(even)) == 6
+    only = EpochSampler(5, 8, seed=3, drop_last=True)  # else nothing would be learned
+    assert len(only) == 1 and len(next(iter(only))) == 5
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_honours_workers_and_leaves_the_random_state(tmp_path, words, workers):
     write_split(tmp_path, "train", 8)

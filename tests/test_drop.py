@@ -5,12 +5,14 @@ import itertools
 import pytest
 import torch
 
+import checkpoint as ckpt
 import evaluation
 import options
+import run_state
 import systems
 import train
 from chan import CHAN
-from data import Drop
+from data import Drop, collate_fn
 from gsmn import GSMN
 from model import AGG_FUNC, RAW_FEATURE_NORM, SCAN
 from pfan import PFAN, PFANWhole
@@ -123,6 +125,53 @@ def test_a_run_with_drop_ends_and_resumes_exactly(tiny_positions, system, more):
     for record in (*whole, *parts):
         del record["seconds"], record["peak_mib"]
     assert whole == parts
+
+
+@pytest.mark.parametrize("filled", [False, True])
+@pytest.mark.parametrize("kind", ["selfattention", "transformer"])
+def test_dropped_regions_count_up_to_the_widest_image(kind, filled):
+    """As if what is left of each image stood at the front of a batch that is as wide as needed."""
+    torch.manual_seed(0)
+    net = CHAN(20, img_dim=6, embed_size=8, precomp_enc_type=kind).double()
+    images = torch.randn(5, 5, 6, dtype=torch.float64)
+    counts = torch.tensor([5, 4, 5, 2, 1]) if filled else torch.full((5,), 5)
+    there = torch.arange(5) < counts[:, None]  # (I, R)
+    mask = torch.tensor(
+        [[1, 0, 1, 0, 1], [0, 1, 0, 0, 0], [1, 1, 0, 0, 1], [0, 1, 0, 1, 0], [1] * 5]
+    )
+    mask[4, 3:] = 0
+    mask = mask.bool() & there
+    items = [
+        {"images": x[:n] * m[:n, None], "captions": torch.tensor([1]), "region_mask": m[:n]}
+        for x, m, n in zip(images, mask, counts.tolist(), strict=True)
+    ]
+    got = net.encode_images(collate_fn(items))["regions"]
+    wide = 3
+    for k, (image, left) in enumerate(zip(images, mask, strict=True)):
+        packed = image.new_zeros(min(wide, int(counts[k])), image.size(1))
+        packed[: left.sum()] = image[left]
+        alone = net.encode_images({"images": packed[None]})["regions"][0, : left.sum()]
+        torch.testing.assert_close(got[k, left], alone, rtol=1e-5, atol=1e-6)
+    net.drop_in_place = True
+    again = net.encode_images(collate_fn(items))["regions"]
+    assert not torch.allclose(again[1], got[1], atol=1e-3)
+    if not filled:  # then nothing depends on the others of the batch
+        single = net.encode_images(collate_fn(items[1:2]))["regions"]
+        torch.testing.assert_close(single[0], again[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("more", "steps"), [({}, 3), ({"keep_short_batch": True}, 4)])
+def test_a_short_last_batch_is_left_out_unless_kept(tiny, more, steps):
+    train.main(train_args(num_epochs=1, drop=True, batch_size=32, **more))
+    state = ckpt.load("run/checkpoint_0.pth.tar")  # of 100 captions
+    assert state["Eiters"] == steps
+    # A run of before goes on as it began.
+    path = "run/old.pth.tar"
+    del state["opt"].keep_short_batch, state["opt"].drop_in_place
+    torch.save({name: x for name, x in state.items() if name != "unfit"}, path)
+    assert run_state.read_options(["--resume", path])[0].keep_short_batch
+    flags = ["--resume", path, "--no-keep_short_batch"]
+    assert not run_state.read_options(flags)[0].keep_short_batch
 
 
 def test_a_graph_loses_the_words_that_its_caption_loses(tiny_graphs):

@@ -130,6 +130,13 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return x
 
 
+def all_reduce_max(x: Tensor) -> Tensor:
+    """The largest of each number over the processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x
+
+
 class GatherRows(torch.autograd.Function):
     """Rows of all processes; the gradient of each row goes back to its process."""
 
