@@ -29,6 +29,9 @@ from util.pickle_scan import check_torch_file
 from util.state_checks import STEPS, counting_parameters, shown
 from vocab import Vocabulary, deserialize_vocab, existing_file
 
+# What runs of ours with --drop did before there were these options. They go on so.
+EARLIER_DROP = {"drop_in_place": True, "keep_short_batch": True}
+
 
 def build_model(opt: argparse.Namespace, vocab_size: int) -> nn.Module:
     """The model that the options describe, freshly initialised from torch's random state."""
@@ -204,6 +207,8 @@ def load(path: str, device: str | torch.device = "cpu") -> dict:
         states = system.rename(states)
         if system.counts_epochs and "run" not in checkpoint:
             checkpoint["epoch"] = checkpoint.get("epoch", 0) - 1  # Q39
+    if "run" in checkpoint and stored.get("drop") is True:  # ours
+        known |= EARLIER_DROP
     checkpoint["model"] = states
     filled = options.defaults(system.name)
     needed = options.model_options()

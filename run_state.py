@@ -38,8 +38,6 @@ FREE |= {"wemb_type", "wemb_path", "bert_path", "bert_config", "allow_unknown"}
 FREE |= {"quiet", "dry_run", "log_images", "tracker", "keep", "on_save_error", "rank_timeout"}
 # Options that a resumed run does not take from its checkpoint.
 NOT_TAKEN = {"device", "workers", "model_name", "logger_name", "resume", "reset_start_epoch"}
-# Of our runs with --drop that lack these options, because they were not there yet: they were on.
-SINCE_DROP = ("drop_in_place", "keep_short_batch")
 AUTO = "auto"  # a value of --resume
 CUDA_RNG = 16  # bytes of a random state of CUDA
 
@@ -84,8 +82,6 @@ def read_options(argv: list[str] | None) -> tuple[argparse.Namespace, dict | Non
         return opt, None
     resumed = ckpt.load(path)
     then = vars(resumed["opt"])
-    if "run" in resumed and then.get("drop"):  # not of a published program
-        then |= {name: then.get(name, True) for name in SINCE_DROP}
     taken = options.model_options() if first.reset_start_epoch else then.keys() - NOT_TAKEN
     # Folders of another machine are not taken.
     folders = {"data_path", "vocab_path"} - resumed["unfit"].keys()

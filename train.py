@@ -350,15 +350,9 @@ def set_up(opt: argparse.Namespace, device: torch.device, resumed: dict | None =
     dev_set = systems.open_split(folder, "dev", vocab, opt)
     processes = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     pin = device.type == "cuda"
-    loader = get_train_loader(
-        train_set,
-        opt.batch_size,
-        opt.workers,
-        opt.seed,
-        pin_memory=pin,
-        drop_last=opt.drop and not opt.keep_short_batch,
-        **processes,
-    )
+    cut = opt.drop and not opt.keep_short_batch  # Q27
+    loading = train_set, opt.batch_size, opt.workers, opt.seed
+    loader = get_train_loader(*loading, pin_memory=pin, drop_last=cut, **processes)
 
     model = ckpt.build_model(opt, len(vocab)).to(device)
     model.grad_checkpointing = opt.grad_checkpointing
