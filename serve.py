@@ -49,7 +49,7 @@ try:
     from serve_search import SearchLimits, SearchRoutes, add_start
     from util.connections import configure, fitting_limits, open_socket
     from util.request_batcher import Limits, Query, RequestBatcher
-    from util.request_bodies import Refused
+    from util.request_bodies import FewAtOnce, Refused
     from util.senders import OwnNamesOnly, Senders
 except ImportError as error:
     message = f"serve.py needs {error.name}, which is not installed: pip install fastapi uvicorn"
@@ -278,6 +278,7 @@ def build_app(
             "answered": batcher.answered,
         }
 
+    app.add_middleware(FewAtOnce)
     if own_machine:
         app.add_middleware(OwnNamesOnly, senders=senders)
     add_schemas(app, records)

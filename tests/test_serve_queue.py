@@ -23,6 +23,7 @@ from tests.serving import (  # noqa: E402
     raw_request,
     write_checkpoint,
 )
+from util.request_bodies import FewAtOnce  # noqa: E402
 
 
 def test_a_request_that_fails_does_not_fail_its_neighbours(tiny_positions):
@@ -195,3 +196,49 @@ def test_many_clients_and_sigterm_with_requests_in_flight(server):
             assert [reply.result() for reply in replies] == [(200, 200)] * 24
     code, out = server.process.wait(60), server.process.stdout.read()
     assert code == 0 and "Traceback" not in out and out.endswith("stopped\n")
+
+
+def test_few_requests_are_worked_on_at_once():
+    """In order, and one whose client does not read its answer keeps nobody waiting."""
+    working, most, order = set(), 0, []
+
+    async def work(scope, receive, send):
+        nonlocal most
+        working.add(scope["path"])
+        most = max(most, len(working))
+        order.append(scope["path"])
+        for _ in range(3):
+            await asyncio.sleep(0)
+        working.remove(scope["path"])
+        await send({"type": "http.response.start"})
+        await send({"type": "http.response.body"})
+
+    async def unread(message):
+        await asyncio.sleep(60)
+
+    async def read(message):
+        pass
+
+    async def go():
+        app = FewAtOnce(work, most=2)
+
+        def ask(path, send, method="GET"):
+            return asyncio.ensure_future(
+                app({"type": "http", "method": method, "path": path}, None, send)
+            )
+
+        slow = [ask(f"slow {k}", unread) for k in range(4)]
+        await asyncio.wait_for(asyncio.gather(*(ask(f"{k}", read) for k in range(20))), 10)
+        assert most == 2 and order == [f"slow {k}" for k in range(4)] + [f"{k}" for k in range(20)]
+        gone = [ask(f"gone {k}", read) for k in range(4)]  # waiting, or at work
+        await asyncio.sleep(0)
+        for task in (*gone, *slow):
+            task.cancel()
+        await asyncio.gather(*gone, *slow, return_exceptions=True)
+        working.clear()
+        await asyncio.wait_for(ask("last", read), 10)
+        bodies = [ask(f"body {k}", read, "POST") for k in range(9)]  # not counted here
+        await asyncio.gather(*bodies)
+        assert most == 9
+
+    asyncio.run(go())

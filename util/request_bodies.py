@@ -7,7 +7,7 @@ takes most of it gives way, so that no address can shut out the others.
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from fnmatch import fnmatch
 
 from starlette.requests import ClientDisconnect, Request
@@ -77,6 +77,31 @@ class Turns:
         finally:
             with suppress(ValueError):  # it gave way
                 self.taken.remove(place)
+
+
+class FewAtOnce:
+    """Around an application: so many requests without a body are worked on at a time, in order.
+
+    Each is, until its answer begins. Else a flood of them fills each round of the event loop, and a
+    large body, which comes in many rounds, takes seconds. A client that does not read its answer
+    keeps nobody waiting.
+    """
+
+    def __init__(self, app, most: int = 8):
+        self.app, self.turns = app, asyncio.Semaphore(most)
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD"):
+            return await self.app(scope, receive, send)
+        with ExitStack() as turn:
+            await self.turns.acquire()
+            turn.callback(self.turns.release)
+
+            async def send_in_turn(message) -> None:
+                turn.close()
+                await send(message)
+
+            await self.app(scope, receive, send_in_turn)
 
 
 class Bodies:
