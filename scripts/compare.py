@@ -3,14 +3,19 @@
     python scripts/compare.py --data_path data --data_name f30k_precomp --num_epochs 9 --seeds 0 1
     python scripts/compare.py --data_path data --data_name f30k_precomp --minutes 20
     python scripts/compare.py ... --systems scan chan -- --batch_size 64      # flags of train.py
+    python scripts/compare.py ... --systems chan --seeds 6 --vary "" "--margin 0.1"  # is it real?
 
 All systems get the flags of PROTOCOL; each also gets the flags of its own row (`System.compared`).
+`--vary` compares settings of one system instead: each is a text of further flags. `--seeds 6` are
+six seeds, 0 to 5; two numbers and more are the seeds themselves. On the CPU there is a run per
+core, with one thread each; `--processes 1` runs one after the other, each with the whole machine.
 `--minutes` gives each system the same wall time, including validation: the time of its second epoch
 decides how many whole epochs fit (at least two). The learning rate is divided by ten after 70 % of
 the epochs. The best epoch on dev is tested. The script writes table.md (means over the seeds, the
-standard deviation of the sample, 95 % intervals, paired tests; needs scipy) and table.csv (one row
-per run) to --out. If it is stopped, the same command continues after the last whole epoch; with
-other flags or other captions, earlier runs move to earlier_1. If there is no test split, dev
+standard deviation of the sample, 95 % intervals, paired tests; needs scipy), table.csv (one row per
+run), and the curves of dev over the epochs (scripts/compare_curves.py) to --out. If it is stopped,
+the same command continues after the last whole epoch; with other flags or other captions, earlier
+runs move to earlier_1. If there is no test split, dev
 becomes the test split, the last tenth of the training images (at most 200) becomes dev, and the
 vocabulary is built from the new train and dev.
 """
@@ -24,9 +29,10 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import connection, get_context
 from pathlib import Path
 
-import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -34,131 +40,32 @@ sys.path.insert(0, str(ROOT))
 import checkpoint as ckpt
 import evaluation
 import options
-import vocab
-from caption_images import CaptionImages, caption_images
 from intervals import check_scipy
 from ranking import Ranks
+from scripts import compare_curves
+from scripts.compare_data import prepare
 from scripts.compare_table import (
     RECALLS,
     SYSTEMS,
-    own_flags,
+    Setting,
     read_ranks,
     run_intervals,
     save_ranks,
+    settings_of,
     write,
 )
-from system import System
 from util.arguments import COUNT, FOLDER, FROM_0, POSITIVE, Parser
-from util.arrays import open_array, read_sizes
 from util.cli import InputError, replacing, run
 from util.devices import pick_device
-from util.fingerprint import fingerprint
 from util.log import read_json_lines
-from vocab import read_captions
 
 PROTOCOL = (
     "--batch_size 128 --learning_rate 5e-4 --bi_gru --max_violation --vse_mean_warmup_epochs 1 "
     "--val_step 0 --log_step 50 --workers 1"
 )
-HELD_OUT = 200
 # Flags of train.py that this script sets; they must not follow --.
 SET_HERE = "model data_path data_name vocab_path img_dim device seed num_epochs lr_update resume"
 SET_HERE = [f"--{name}" for name in f"{SET_HERE} model_name logger_name".split()]
-
-
-def hold_out(source: Path, folder: Path) -> None:
-    """Write a data set: its dev is the end of the training images, its test is the source's dev."""
-    for old in ("train", "dev"):
-        images = open_array(str(source / f"{old}_ims.npy"), 3)
-        text = source / f"{old}_caps.txt"
-        captions = read_captions(text)
-        pairs = caption_images(str(source / old), images, str(text), len(captions))
-        first = len(pairs.rows)
-        if old == "train":
-            first -= min(HELD_OUT, first // 10)
-            if first == len(pairs.rows):
-                raise InputError(f"{source}: {first} training images, too few to cut dev off")
-            rest = range(first, len(pairs.rows))
-            write_part(source / old, pairs, captions, rest, folder / "dev")
-        split = "train" if old == "train" else "test"
-        write_part(source / old, pairs, captions, range(first), folder / split)
-
-
-def write_part(
-    old: Path, pairs: CaptionImages, captions: list[str], some: range, new: Path
-) -> None:
-    """Write some of the images of the split `old`, a row per image, and their captions as `new`.
-
-    The captions stand image by image: with one caption per image, a row and a line are a pair.
-    """
-    rows = pairs.rows[some.start : some.stop].tolist()
-    stored = len(open_array(f"{old}_ims.npy", 3))
-    for name in ("ims", "ims_bbx", "boxes", "num_boxes"):
-        path = f"{old}_{name}.npy"
-        if not os.path.isfile(path):
-            continue
-        array = open_array(path, 1 if name == "num_boxes" else 3, integers=name != "ims")
-        if len(array) != stored:
-            raise InputError(f"{path}: {len(array)} rows, but {old}_ims.npy has {stored}")
-        shape = (len(rows), *array.shape[1:])
-        part = np.lib.format.open_memmap(f"{new}_{name}.npy", "w+", array.dtype, shape)
-        for place, row in enumerate(rows):  # one row in memory at a time
-            part[place] = array[row]
-        part.flush()
-    path = f"{old}_ims_size.npy"
-    if os.path.isfile(path):
-        np.save(f"{new}_ims_size.npy", read_sizes(path, stored)[rows])
-    image_of = pairs.image_of.tolist()
-    kept = [k for k in pairs.image_of.argsort(stable=True).tolist() if image_of[k] in some]
-    Path(f"{new}_caps.txt").write_text("".join(f"{captions[k]}\n" for k in kept), "utf-8")
-    table = "".join(f"{image_of[k] - some.start}\n" for k in kept)
-    Path(f"{new}_caption_image.txt").write_text(table)
-
-
-def prepare(opt: argparse.Namespace) -> list[str]:
-    """Make missing data (splits, blocks, vocabulary). Returns the flags of train.py for it.
-
-    Sets `opt.captions`, the fingerprint of the captions. Raises InputError, also if the vocabulary
-    is of other captions.
-    """
-    folder = Path(System().find_data(opt.data_path, opt.data_name))
-    if opt.split != "test" and not (folder / f"{opt.split}_ims.npy").is_file():
-        raise FileNotFoundError(f"{folder}/{opt.split}_ims.npy: no such file; give another --split")
-    if opt.split == "test" and not (folder / "test_ims.npy").is_file():
-        cut = Path(opt.out) / "data" / opt.data_name
-        cut.mkdir(parents=True, exist_ok=True)
-        print(
-            f"notice: {folder}: no test split: dev becomes the test split, and a new dev is cut "
-            f"off train, in {cut}; the vocabulary of this data is in {opt.out}/vocab"
-        )
-        files = sorted(folder.glob("*_*.*"))
-        source = {str(x.resolve()): [x.stat().st_size, x.stat().st_mtime] for x in files}
-        mark = cut / "source.json"
-        if not mark.is_file():
-            hold_out(folder, cut)
-            mark.write_text(json.dumps(source))
-        elif json.loads(mark.read_text()) != source:
-            raise InputError(f"{cut}: made from other data than {folder}; give another --out")
-        folder = cut
-        opt.vocab_path = str(Path(opt.out) / "vocab")  # from fewer captions
-    for name in opt.systems:
-        for split in ("train", "dev", opt.split):
-            try:
-                SYSTEMS[name].prepare_split(str(folder / split))
-            except FileNotFoundError as error:
-                raise InputError(f"{error}; or leave {name} out of --systems") from None
-    data = ["--data_path", str(folder.parent), "--data_name", opt.data_name]
-    words = Path(opt.vocab_path)
-    if words.suffix not in (".json", ".pkl"):
-        words /= f"{opt.data_name}_vocab.json"
-    words = vocab.existing_file(words)
-    if os.path.isfile(words):
-        vocab.check_file(words, str(folder))
-    else:
-        vocab.main([*data, "--out", words])
-    opt.captions = fingerprint(folder)
-    numbers = open_array(str(folder / "train_ims.npy"), 3).shape[2]
-    return [*data, "--vocab_path", opt.vocab_path, "--img_dim", str(numbers)]
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -216,11 +123,15 @@ def fit(folder: Path, flags: list[str], opt: argparse.Namespace) -> list[dict]:
     return log if epochs == 2 else train(folder, flags + schedule(epochs))
 
 
+def folder_of(setting: Setting, seed: int, opt: argparse.Namespace) -> Path:
+    return Path(opt.out) / f"{setting.name}_seed{seed}"
+
+
 def one_run(
-    system: str, seed: int, flags: list[str], opt: argparse.Namespace
+    setting: Setting, seed: int, flags: list[str], opt: argparse.Namespace
 ) -> tuple[dict[str, int | float | str], Ranks]:
-    """Train and test one system with one seed; return its row of table.csv, and its ranks."""
-    folder = Path(opt.out) / f"{system}_seed{seed}"
+    """Train and test one setting with one seed; return its row of table.csv, and its ranks."""
+    folder = folder_of(setting, seed, opt)
     folder.mkdir(parents=True, exist_ok=True)
     asked = {"flags": flags, "minutes": opt.minutes, "num_epochs": opt.num_epochs}
     asked["captions"] = opt.captions  # other data may lie under the same name
@@ -233,9 +144,10 @@ def one_run(
         known.write_text(json.dumps(asked))
     done, ranks = (folder / f"{x}" for x in (f"result_{opt.split}.json", f"ranks_{opt.split}.npz"))
     if done.is_file() and ranks.is_file():
-        print(f"{folder}: done before")
-        return json.loads(done.read_text()), read_ranks(ranks)
-    print(f"{SYSTEMS[system].compared[0]}, seed {seed}: {shlex.join(flags)}", flush=True)
+        if opt.processes == 1:
+            print(f"{folder}: done before")
+        return {"setting": setting.name} | json.loads(done.read_text()), read_ranks(ranks)
+    print(f"{setting.title}, seed {seed}: {shlex.join(flags)}", flush=True)
     # A result without ranks, of an older version, is of a finished training.
     log = read_log(folder) if done.is_file() else fit(folder, flags, opt)
     best = str(folder / "model_best.pth.tar")
@@ -245,7 +157,7 @@ def one_run(
     start = time.perf_counter()
     metrics, found = evaluate(best, opt)
     seconds = time.perf_counter() - start
-    result = {"system": system, "seed": seed, "epochs": len(log)}
+    result = {"setting": setting.name, "system": setting.system, "seed": seed, "epochs": len(log)}
     result["best_epoch"] = max(log, key=lambda epoch: epoch["rsum"])["epoch"] + 1
     result |= {name: metrics[name[:3]][name[4:]] for name in RECALLS}
     result |= {"rsum": metrics["rsum"], "parameters": weights}
@@ -258,6 +170,37 @@ def one_run(
     return result, found
 
 
+def run_alone(*job) -> None:
+    """one_run in a process of its own, with one thread; it exits with 1 if it cannot end."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # of train.py too
+    torch.set_num_threads(1)
+    run(lambda: one_run(*job))
+
+
+def run_together(jobs: list[tuple], processes: int) -> None:
+    """Make runs, so many at a time; the others go on if one fails. Raises InputError then."""
+    waiting, running, failed = list(jobs), {}, 0
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while waiting or running:
+            while waiting and len(running) < processes:
+                process = get_context("spawn").Process(target=run_alone, args=waiting.pop(0))
+                process.start()
+                running[process.sentinel] = process
+            for sentinel in connection.wait(list(running)):
+                process = running.pop(sentinel)
+                process.join()
+                failed += bool(process.exitcode)
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.join()
+        signal.signal(signal.SIGTERM, before)
+    if failed:
+        raise InputError(f"{failed} of {len(jobs)} runs failed, as the lines above say")
+
+
 def evaluate(path: str, opt: argparse.Namespace) -> tuple[dict, Ranks]:
     """The metrics of a checkpoint on --split, as evalrank prints them, and the ranks."""
     where = {"data_path": None, "vocab_path": None, "batch_size": None}  # as in training
@@ -266,7 +209,7 @@ def evaluate(path: str, opt: argparse.Namespace) -> tuple[dict, Ranks]:
     return ranking.metrics, ranking.ranks
 
 
-def main(argv: list[str] | None = None) -> None:
+def build_parser() -> Parser:
     parser = Parser(
         description=__doc__.splitlines()[0],
         usage="%(prog)s [-h] --data_path DATA_PATH --data_name DATA_NAME (--minutes M | "
@@ -290,34 +233,74 @@ def main(argv: list[str] | None = None) -> None:
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--minutes", type=POSITIVE, help="wall time of each training")
     length.add_argument("--num_epochs", type=COUNT, help="epochs of each training")
-    parser.add_argument("--seeds", type=FROM_0, nargs="+", default=[0], help="one run per seed")
+    parser.add_argument(
+        "--seeds", type=FROM_0, nargs="+", default=[1], help="how many seeds, or two and more seeds"
+    )
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
+    parser.add_argument(
+        "--vary",
+        action="append",
+        metavar="FLAGS",
+        help="settings of the one system of --systems, each a text of flags of train.py",
+    )
+    parser.add_argument("--processes", type=COUNT, help="runs at a time; default: one per core")
     parser.add_argument("--split", default="test", help="the split to test on")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    return parser
+
+
+def each_varied(argv: list[str], parser: Parser) -> list[str]:
+    """--vary A B as --vary=A --vary=B: argparse would take a flag of train.py for its own."""
+    kept, varied = [], False
+    for text in argv:
+        if text.partition("=")[0] in parser._option_string_actions:
+            varied = text == "--vary"
+            kept += [] if varied else [text]
+        else:
+            kept.append(f"--vary={text}" if varied else text)
+    return kept
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser()
     argv = list(sys.argv[1:] if argv is None else argv)
     at = argv.index("--") if "--" in argv else len(argv)
-    opt = parser.parse_args(argv[:at])
+    opt = parser.parse_args(each_varied(argv[:at], parser))
     opt.flags = argv[at + 1 :]
     own = [flag for flag in opt.flags if flag.partition("=")[0] in SET_HERE]
     if own:
         parser.error(f"{' '.join(own)}: this script sets that itself")
     opt.out = opt.out or f"runs/compare_{opt.data_name}"
     opt.seeds, opt.systems = (list(dict.fromkeys(x)) for x in (opt.seeds, opt.systems))
-    pick_device(opt.device)
+    if len(opt.seeds) == 1:
+        opt.seeds = list(range(max(1, opt.seeds[0])))  # --seeds 0 was once seed 0
+    opt.settings = settings_of(opt.systems, opt.vary)
     check_scipy()
-    flags_of = {s: [*PROTOCOL.split(), *own_flags(s).split(), *opt.flags] for s in opt.systems}
+    flags_of = {
+        s.name: [*PROTOCOL.split(), *shlex.split(s.flags), *opt.flags] for s in opt.settings
+    }
     for flags in flags_of.values():  # find wrong flags before hours of training
         options.parse(flags)
+    runs = [(setting, seed) for seed in opt.seeds for setting in opt.settings]
+    cores = 1 if pick_device(opt.device).type == "cuda" else os.cpu_count() or 1
+    opt.processes = min(opt.processes or cores, len(runs))
     data = prepare(opt)
-    results, ranks = [], []
-    for seed in opt.seeds:
-        for system in opt.systems:
-            flags = [*data, "--device", opt.device, "--seed", str(seed), *flags_of[system]]
-            result, found = one_run(system, seed, flags, opt)
-            results.append(result)
-            ranks.append(found)
-            write(results, ranks, opt, [*PROTOCOL.split(), *opt.flags])
+    jobs = []
+    for setting, seed in runs:
+        flags = [*data, "--device", opt.device, "--seed", str(seed), *flags_of[setting.name]]
+        jobs.append((setting, seed, flags, opt))
+    if opt.processes > 1:
+        run_together(jobs, opt.processes)
+    results, ranks, logs = [], [], {}
+    for job in jobs:
+        result, found = one_run(*job)
+        results.append(result)
+        ranks.append(found)
+        logs[job[0].name, job[1]] = read_log(folder_of(job[0], job[1], opt))
+        write(results, ranks, opt, [*PROTOCOL.split(), *opt.flags])
+        curves = compare_curves.write(opt, opt.settings, logs, results)
     print((Path(opt.out) / "table.md").read_text())
+    print(curves)
 
 
 if __name__ == "__main__":

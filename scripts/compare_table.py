@@ -3,11 +3,13 @@
 import argparse
 import csv
 import itertools
+import re
 import shlex
 import statistics
 import zipfile
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,6 +25,31 @@ RECALLS = [f"{way}_r{k}" for way in WAYS for k in (1, 5, 10)]
 TITLES = {"i2t": "image to text", "t2i": "text to image"}
 ENDS = ("low", "high")
 QUERIES = ("i2t", "t2i", "unit_i2t", "unit_t2i")  # arrays of a file of ranks
+
+
+class Setting(NamedTuple):
+    """A row of the table: a system with its flags."""
+
+    name: str  # its runs are in {name}_seed{seed}
+    system: str
+    title: str
+    flags: str
+
+
+def settings_of(names: list[str], varied: list[str] | None) -> list[Setting]:
+    """A setting for each system; or for each of `varied`, flags of the one system there is."""
+    if varied is None:
+        return [Setting(s, s, SYSTEMS[s].compared[0], own_flags(s)) for s in names]
+    if len(names) != 1:
+        raise InputError(f"--vary needs one system, found {len(names)}: give --systems NAME")
+    (system,), found = names, {}
+    for flags in varied:
+        name = "_".join([system, *re.findall(r"[\w.]+", flags)])
+        title = f"{SYSTEMS[system].compared[0]} {flags}".strip()
+        if name in found:
+            raise InputError(f"--vary: {flags!r} and an earlier one are both named {name}")
+        found[name] = Setting(name, system, title, f"{own_flags(system)} {flags}".strip())
+    return list(found.values())
 
 
 def save_ranks(path: Path, ranks: Ranks) -> None:
@@ -83,10 +110,11 @@ def head(opt: argparse.Namespace, flags: list[str]) -> list[str]:
     """What all runs have in common, and the heads of the columns."""
     where = machine()
     device = where["gpu"] if opt.device != "cpu" and where["gpu"] else where["cpu"]
+    threads = 1 if opt.processes > 1 else where["threads"]
     time_given = f"{opt.minutes:g} minutes" if opt.minutes else f"{opt.num_epochs} epochs"
     return [
         f"{opt.data_name}, {opt.split} split; {time_given} each; seeds "
-        f"{', '.join(map(str, opt.seeds))}; {device}, {where['threads']} threads, torch "
+        f"{', '.join(map(str, opt.seeds))}; {device}, {threads} threads, torch "
         f"{where['torch']}.",
         "",
         f"All: `{last_of_each(flags)}`",
@@ -97,8 +125,8 @@ def head(opt: argparse.Namespace, flags: list[str]) -> list[str]:
     ]
 
 
-def row(system: str, runs: list[dict], ranks: Ranks) -> str:
-    """A system's row: means over its runs, and intervals of these means."""
+def row(setting: Setting, runs: list[dict], ranks: Ranks) -> str:
+    """A setting's row: means over its runs, and intervals of these means."""
 
     def mean(name: str, form: str = ".1f") -> str:
         return format(statistics.mean(result[name] for result in runs), form)
@@ -108,7 +136,7 @@ def row(system: str, runs: list[dict], ranks: Ranks) -> str:
     if len(runs) > 1:
         total += f" (sd {statistics.stdev(result['rsum'] for result in runs):.1f})"
     epochs = ", ".join(f"{result['epochs']} ({result['best_epoch']})" for result in runs)
-    cells = [SYSTEMS[system].compared[0]]
+    cells = [setting.title]
     for way in WAYS:
         first, *others = (mean(f"{way}_r{k}") for k in (1, 5, 10))
         cells.append(" / ".join([f"{first} {ends(found[way]['r1'])}", *others]))
@@ -130,12 +158,12 @@ def ends(interval: list[float]) -> str:
     return f"[{low:.1f}, {high:.1f}]"
 
 
-def tests(names: list[str], runs_of: dict[str, dict[int, Ranks]]) -> list[str]:
-    """The paired test of each pair of systems, on the seeds that both have."""
-    pairs, found, several = list(itertools.combinations(names, 2)), [], False
+def tests(settings: list[Setting], runs_of: dict[str, dict[int, Ranks]]) -> list[str]:
+    """The paired test of each pair of settings, on the seeds that both have."""
+    pairs, found, several = list(itertools.combinations(settings, 2)), [], False
     for a, b in pairs:
-        seeds = [seed for seed in runs_of[a] if seed in runs_of[b]]
-        both = [joined([runs_of[name][seed] for seed in seeds]) for name in (a, b)]
+        seeds = [seed for seed in runs_of[a.name] if seed in runs_of[b.name]]
+        both = [joined([runs_of[x.name][seed] for seed in seeds]) for x in (a, b)]
         found.append(paired_test(*both))
         several |= len(seeds) > 1
     if not pairs:
@@ -143,14 +171,14 @@ def tests(names: list[str], runs_of: dict[str, dict[int, Ranks]]) -> list[str]:
     p = holm([test[way]["p"] for test in found for way in WAYS])
     sums = " The numbers of queries that only one finds are sums over the seeds." if several else ""
     lines = [
-        f"Paired tests of R@1: the second system minus the first, in points; p values after "
+        f"Paired tests of R@1: the second row minus the first, in points; p values after "
         f"Holm's correction for these {len(p)} tests.{sums}",
         "",
         f"| | {' | '.join(f'{x}, points | p | only first, second' for x in TITLES.values())} |",
         "|---|---|---|---|---|---|---|",
     ]
     for k, ((a, b), test) in enumerate(zip(pairs, found, strict=True)):
-        cells = [f"{SYSTEMS[a].compared[0]}, {SYSTEMS[b].compared[0]}"]
+        cells = [f"{a.title}, {b.title}"]
         for way, corrected in zip(WAYS, p[2 * k :], strict=False):
             this = test[way]
             cells.append(f"{this['difference']:+.1f} {ends(this['interval'])}")
@@ -163,26 +191,27 @@ def tests(names: list[str], runs_of: dict[str, dict[int, Ranks]]) -> list[str]:
 NOTES = """The brackets hold 95 % intervals: the bootstrap draws the images of the {split} split,
 each with its captions and its results in all seeds. They say how sure these models' figures are,
 given that other images could have been tested; the tests say the same of differences. Neither says
-what other seeds would give: that is the standard deviation (sd) over seeds."""
+what other seeds would give: that is the standard deviation (sd) over seeds, and curves.md."""
 
 
 def table(
     results: list[dict], ranks: list[Ranks], opt: argparse.Namespace, flags: list[str]
 ) -> str:
-    """The page in Markdown: a row per system, with means over its seeds, and the paired tests.
+    """The page in Markdown: a row per setting, with means over its seeds, and the paired tests.
 
     `results` and `ranks` are those of the same runs; `flags` are those of all runs.
     """
-    names = [s for s in opt.systems if any(result["system"] == s for result in results)]
-    runs_of = {s: {} for s in names}  # the ranks by seed
+    done = {result["setting"] for result in results}
+    settings = [setting for setting in opt.settings if setting.name in done]
+    runs_of = {setting.name: {} for setting in settings}  # the ranks by seed
     for result, of_run in zip(results, ranks, strict=True):
-        runs_of[result["system"]][result["seed"]] = of_run
+        runs_of[result["setting"]][result["seed"]] = of_run
     lines = head(opt, flags)
-    for system in names:
-        runs = [result for result in results if result["system"] == system]
-        lines.append(row(system, runs, joined(list(runs_of[system].values()))))
-    lines += ["", *NOTES.format(split=opt.split).splitlines(), *tests(names, runs_of), ""]
-    own = [f"{SYSTEMS[s].compared[0]}: `{own_flags(s)}`" for s in names]
+    for setting in settings:
+        runs = [result for result in results if result["setting"] == setting.name]
+        lines.append(row(setting, runs, joined(list(runs_of[setting.name].values()))))
+    lines += ["", *NOTES.format(split=opt.split).splitlines(), *tests(settings, runs_of), ""]
+    own = [f"{setting.title}: `{setting.flags}`" for setting in settings]
     return "\n".join([*lines, *(f"- {line}" for line in own), ""])
 
 

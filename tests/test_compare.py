@@ -12,13 +12,13 @@ import pytest
 
 import vocab
 from caption_images import caption_images
-from scripts import compare, compare_table
+from scripts import compare, compare_data, compare_table
 from tests.conftest import read_log
 from util.arrays import read_sizes
 from util.cli import InputError
 
 TINY = "-- --embed_size 16 --word_dim 6 --batch_size 50 --workers 0"
-ARGS = "--data_path data --data_name tiny_precomp --out out".split()
+ARGS = "--data_path data --data_name tiny_precomp --out out --processes 1".split()
 
 
 def read_table(path="out/table.csv"):
@@ -240,7 +240,7 @@ def test_cut_data_are_the_pairs_of_the_whole(tmp_path, per_caption, shuffle, cou
             many[-9:] = 1
         write_uneven(tmp_path, rng, split, many, per_caption, shuffle)
     (tmp_path / "cut").mkdir()
-    compare.hold_out(tmp_path, tmp_path / "cut")
+    compare_data.hold_out(tmp_path, tmp_path / "cut")
     (train, n), (old_dev, old_n) = read_pairs(tmp_path, "train"), read_pairs(tmp_path, "dev")
     (kept, n_kept), (dev, n_dev) = (read_pairs(tmp_path / "cut", s) for s in ("train", "dev"))
     assert kept + dev == train and n_kept + n_dev == n and n_dev == n // 10
@@ -260,7 +260,7 @@ def test_arrays_with_other_rows_than_the_features_are_not_cut(tmp_path):
         whole = np.load(tmp_path / f"train_{name}.npy")
         np.save(tmp_path / f"train_{name}.npy", whole[::5])
         with pytest.raises(InputError, match=f"train_{name}.npy: .*20.* 100|expected 100, one"):
-            compare.hold_out(tmp_path, tmp_path / "cut")
+            compare_data.hold_out(tmp_path, tmp_path / "cut")
         np.save(tmp_path / f"train_{name}.npy", whole)
 
 

@@ -22,7 +22,13 @@ def runs(systems, seeds, n=60):
     for seed in seeds:
         for place, system in enumerate(systems):
             found = draw(1 if place < 2 and seed == 0 else 10 * seed + place, n)._replace(unit=unit)
-            result = {"system": system, "seed": seed, "epochs": 9, "best_epoch": 7}
+            result = {
+                "setting": system,
+                "system": system,
+                "seed": seed,
+                "epochs": 9,
+                "best_epoch": 7,
+            }
             for name in RECALLS:
                 way, k = name.split("_r")
                 result[name] = 100 * (getattr(found, way) < int(k)).mean()
@@ -35,6 +41,7 @@ def runs(systems, seeds, n=60):
 
 def options(out, systems, seeds):
     known = {"out": out, "systems": systems, "seeds": seeds, "split": "test", "device": "cpu"}
+    known |= {"settings": compare_table.settings_of(systems, None), "processes": 1}
     return argparse.Namespace(**known, data_name="x", minutes=None, num_epochs=9)
 
 
