@@ -27,9 +27,11 @@ def read_table(path="out/table.csv"):
 
 
 def test_two_systems_and_two_seeds(tiny_graphs, capsys, monkeypatch):
+    """Two processes at a time, as by default on two cores."""
     args = [*ARGS, "--num_epochs", "2", "--systems", "scan", "gsmn", "--seeds", "0", "1"]
     args += TINY.split()
-    compare.main(args)
+    at = args.index("--processes")
+    compare.main([*args[:at], *args[at + 2 :]])
     rows = read_table()
     pairs = [(row["system"], row["seed"]) for row in rows]
     assert pairs == [(s, n) for n in "01" for s in ("scan", "gsmn")]
@@ -52,6 +54,14 @@ def test_two_systems_and_two_seeds(tiny_graphs, capsys, monkeypatch):
             low, high = (float(row[f"{name}_{end}"]) for end in ("low", "high"))
             assert low <= float(row[name]) <= high and low < high
     assert text.count("| SCAN t-i AVG, GSMN dense | ") == 1 and "for these 2 tests" in text
+    record = json.loads((tiny_graphs / "out/curves.json").read_text())["settings"]
+    for name in ("scan", "gsmn"):
+        logs = [[x["rsum"] for x in read_log(f"out/{name}_seed{seed}")] for seed in (0, 1)]
+        assert record[name]["rsum"] == logs and record[name]["seeds"] == [0, 1]
+        assert record[name]["mean"] == pytest.approx(np.mean(logs, 0).tolist())
+    page = (tiny_graphs / "out/curves.md").read_text()
+    assert "| SCAN t-i AVG, GSMN dense | dev, epoch 1 | " in page
+    assert (tiny_graphs / "out/curves.png").read_bytes().startswith(b"\x89PNG")
 
     def never(*_):
         raise AssertionError("trained again")
@@ -322,27 +332,35 @@ def test_folders_with_odd_names(tiny, capsys):
     assert sorted(x.name for x in tiny.iterdir()) == ["lr[2e-4] *?", "vocab"]
 
 
-def test_published_positions_need_no_boxes(tiny_positions):
+def test_published_positions_need_no_boxes(tiny_positions, monkeypatch):
     """With boxes, all systems are compared by default."""
-    compare.main([*ARGS, "--num_epochs", "1", "--out", "four", *TINY.split()])
-    assert [row["system"] for row in read_table("four/table.csv")] == list(compare.SYSTEMS)
+    jobs = []
+
+    def run_together(some, processes):
+        jobs.append([(setting.name, seed) for setting, seed, *_ in some])
+        raise InputError("enough")
+
+    monkeypatch.setattr(compare, "run_together", run_together)
+    args = [*ARGS, "--num_epochs", "1", "--processes", "2", "--seeds", "2"]
+    with pytest.raises(InputError, match="enough"):
+        compare.main([*args, *TINY.split()])
     for path in (tiny_positions / "data/tiny_precomp").glob("*_bbx.npy"):
         path.unlink()
-    compare.main([*ARGS, "--num_epochs", "1", "--systems", "pfan", *TINY.split()])
+    with pytest.raises(InputError, match="enough"):
+        compare.main([*args, "--systems", "pfan", *TINY.split()])
+    names = list(compare.SYSTEMS)
+    assert jobs == [
+        [(name, seed) for seed in (0, 1) for name in some] for some in (names, ["pfan"])
+    ]
     with pytest.raises(InputError, match="no boxes"):
         compare.main([*ARGS, "--num_epochs", "1", "--systems", "gsmn", *TINY.split()])
 
 
 def test_a_run_of_minutes(tiny):
-    """0.001 minutes hold no third epoch on any machine; 2 epochs and 1 more are enough."""
+    """0.001 minutes hold no third epoch on any machine."""
     compare.main([*ARGS, "--minutes", "0.001", "--systems", "scan", *TINY.split()])
     (row,) = read_table()
     assert row["epochs"] == "2" and len(read_log("out/scan_seed0")) == 2
-    args = [*ARGS, "--out", "more", "--systems", "scan", "--minutes"]
-    seconds = [epoch["seconds"] for epoch in read_log("out/scan_seed0")]
-    compare.main([*args, str((sum(seconds) + 15 * max(seconds[1], 0.1)) / 60), *TINY.split()])
-    epochs = [epoch["epoch"] for epoch in read_log("more/scan_seed0")]
-    assert epochs == list(range(len(epochs))) and len(epochs) > 2
 
 
 def test_what_is_wrong_is_said(tiny, capsys):

@@ -65,6 +65,13 @@ class Scaled(torch.nn.Module):
         return self.criterion(scores * self.scale, image_index)
 
 
+def gradients_of_epochs(jobs: list[tuple[list[str], int]], out: str) -> None:
+    """gradients_of_an_epoch for several flags, each with the port of its own group."""
+    for number, (flags, port) in enumerate(jobs):
+        os.environ["MASTER_PORT"] = str(port)
+        gradients_of_an_epoch(flags, f"{out}_{number}")
+
+
 def gradients_of_an_epoch(flags: list[str], out: str) -> None:
     """Writes the gradient of each batch, and the epoch's loss."""
     opt = options.parse(flags)
@@ -134,39 +141,53 @@ CHAN_INFO_NCE = {"model": "chan", "criterion": "InfoNCELoss", "precomp_enc_type"
 
 
 @pytest.mark.parametrize(
-    ("world", "batch_size", "options"),
+    ("world", "batch_size", "cases"),
     [
-        (2, 33, {"cross_attn": "t2i", "vse_mean_warmup_epochs": 0}),
-        (2, 33, {"cross_attn": "i2t", "vse_mean_warmup_epochs": 0, "no_false_negatives": True}),
-        (3, 49, {"cross_attn": "t2i", "vse_mean_warmup_epochs": 1}),
-        (2, 33, GSMN | {"is_sparse": True, "vse_mean_warmup_epochs": 0}),
-        (2, 33, GSMN | {"is_sparse": True, "neighbours": True}),
-        (2, 33, {"model": "chan", "max_violation": None, "vse_mean_warmup_epochs": 0}),
-        (2, 33, CHAN_INFO_NCE | {"drop": True, "keep_short_batch": True}),
-        (2, 33, {"model": "pfan", "vse_mean_warmup_epochs": 0}),
-        (2, 33, {"cross_attn": "i2t", "drop": True, "vse_mean_warmup_epochs": 0}),
-        (2, 33, {"model": "pfan_whole", "cross_attn": "i2t", "vse_mean_warmup_epochs": 0}),
-        (2, 33, {"model": "pfan_whole", "grad_checkpointing": 3}),
+        (3, 49, [{"cross_attn": "t2i", "vse_mean_warmup_epochs": 1}]),
+        (
+            2,
+            33,
+            [
+                {"cross_attn": "t2i", "vse_mean_warmup_epochs": 0},
+                {"cross_attn": "i2t", "vse_mean_warmup_epochs": 0, "no_false_negatives": True},
+                GSMN | {"is_sparse": True, "vse_mean_warmup_epochs": 0},
+                GSMN | {"is_sparse": True, "neighbours": True},
+                {"model": "chan", "max_violation": None, "vse_mean_warmup_epochs": 0},
+                CHAN_INFO_NCE | {"drop": True},
+                {"model": "pfan", "vse_mean_warmup_epochs": 0},
+                {"cross_attn": "i2t", "drop": True, "vse_mean_warmup_epochs": 0},
+                {"model": "pfan_whole", "cross_attn": "i2t", "vse_mean_warmup_epochs": 0},
+                {"model": "pfan_whole", "grad_checkpointing": 3},
+            ],
+        ),
     ],
 )
-def test_loss_and_gradient_are_those_of_one_process(tiny_positions, world, batch_size, options):
+def test_loss_and_gradient_are_those_of_one_process(tiny_positions, world, batch_size, cases):
     """100 pairs give odd shares, and a last batch of one pair (2 processes) or two (3)."""
-    flags = train_args(batch_size=batch_size, grad_clip=0, **options)
-    gradients_of_an_epoch(flags, "one")
-    mp.spawn(process, (world, free_port(), gradients_of_an_epoch, flags, "many"), nprocs=world)
-    one, *many = (torch.load(f) for f in ("one_0.pt", *(f"many_{k}.pt" for k in range(world))))
-    assert len(one["steps"]) == -(-100 // batch_size)
+    flags = [train_args(batch_size=batch_size, grad_clip=0, **options) for options in cases]
+    jobs = [(flag, free_port()) for flag in flags]
+    gradients_of_epochs(jobs, "one")
+    mp.spawn(process, (world, 0, gradients_of_epochs, jobs, "many"), nprocs=world)
+    for number, case in enumerate(cases):
+        files = f"one_{number}_0.pt", *(f"many_{number}_{k}.pt" for k in range(world))
+        compare_gradients(*map(torch.load, files), -(-100 // batch_size), case)
+
+
+def compare_gradients(one: dict, *others: dict) -> None:
+    """Of one process, of each of several ones; then the number of steps, and what was trained."""
+    *many, steps, case = others
+    assert len(one["steps"]) == steps, case
     for other in many:
-        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5), case
         for want, got in zip(one["steps"], other["steps"], strict=True):
             step = max(gradient.abs().max() for gradient in want.values())
             for name, gradient in want.items():
                 # The gradient of a graph adds terms of both signs that almost cancel (a constant in
                 # all scores cancels altogether): they are rounded at the size of the whole.
                 largest = step if "graph" in name else gradient.abs().max()
-                assert (got[name] - gradient).abs().max() <= 1e-5 * largest, name
+                assert (got[name] - gradient).abs().max() <= 1e-5 * largest, (case, name)
     first = one["steps"][0].items()
-    assert all(g.abs().max() > 0 for name, g in first if not name.endswith("out_2.bias"))
+    assert all(g.abs().max() > 0 for name, g in first if not name.endswith("out_2.bias")), case
 
 
 @pytest.mark.parametrize("where", ["clip_grad_norm_", "encode_data"])

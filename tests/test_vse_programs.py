@@ -148,7 +148,7 @@ def test_loss_and_gradient_are_those_of_one_process(tiny_positions, world, batch
     options = {"model": "vse", "max_violation": None, "vse_mean_warmup_epochs": 0}
     options |= {"drop": drop} if drop else {}
     same = test_distributed.test_loss_and_gradient_are_those_of_one_process
-    same(tiny_positions, world, batch_size, options)
+    same(tiny_positions, world, batch_size, [options])
 
 
 def test_statistics_of_several_processes(tiny):
