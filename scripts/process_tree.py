@@ -10,7 +10,7 @@ PROC = Path("/proc")
 class Held(NamedTuple):
     """What processes hold together."""
 
-    mib: float  # memory; a page that several share counts once
+    mib: float  # memory of their own; a page that several of them share counts once
     handles: int  # open files, sockets and pipes
     threads: int
     processes: int
@@ -44,13 +44,17 @@ def command_of(pid: int) -> str:
 
 
 def held(pid: int) -> Held:
-    """What a process and its children hold now. Raises ProcessLookupError if it has ended."""
+    """What a process and its children hold now. Raises ProcessLookupError if it has ended.
+
+    The pages of files, such as libraries, are left out: a share of them counts for each program
+    that maps them, so they grow and shrink with what else runs.
+    """
     mib, handles, threads, processes = 0.0, 0, 0, 0
     for one in tree(pid):
         try:
             here = PROC / str(one)
             lines = (here / "smaps_rollup").read_text().splitlines()
-            shares = [int(line.split()[1]) for line in lines if line.startswith("Pss:")]
+            shares = [int(x.split()[1]) for x in lines if x.startswith(("Pss_Anon:", "Pss_Shmem:"))]
             opened, running = len(os.listdir(here / "fd")), len(os.listdir(here / "task"))
         except (FileNotFoundError, ProcessLookupError):
             if one == pid:

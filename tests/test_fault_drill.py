@@ -18,6 +18,7 @@ from scripts import drill_faults, drill_runs, fault_drill, soak
 from scripts.drill_faults import KILL, KILL_IN_SAVE, damaged_checkpoint
 from scripts.drill_runs import RUN, Bench, Lost, Process, check_end, copy_unbroken, difference
 from scripts.fault_drill import Drill
+from scripts.process_tree import held
 from util.checkpoint_files import seal
 from util.cli import InputError
 
@@ -266,3 +267,21 @@ def test_the_watcher_sees_a_leak_and_an_early_end(popen, tmp_path, capsys):
     rows = capsys.readouterr().out.splitlines()
     assert [row.split(" | ")[-1] for row in rows[2:]] == ["grew |", "grew |", "flat |"]
     assert (samples[:, 4] == 7).all()
+
+
+def test_memory_is_a_programs_own(tmp_path):
+    """Neither a mapped file counts, nor who else has it open; a child's memory does."""
+    path, wait = tmp_path / "mapped", "; print('ready', flush=True); input()"
+    path.write_bytes(bytes(40 * 2**20))
+    read = f"import mmap; f = open({str(path)!r}, 'rb'); m = mmap.mmap(f.fileno(), 0, "
+    read += f"prot=mmap.PROT_READ); sum(m[::4096]){wait}"
+    grow = f"import os; r = os.fork() and os.wait(); x = r or b'x' * (40 * 2**20){wait}"
+    found = []
+    with contextlib.ExitStack() as stack:
+        for code in ("pass" + wait, read, read, grow):
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", code], **pipes))
+            stack.callback(process.stdin.close)
+            assert process.stdout.readline() == b"ready\n"
+            found.append(held(process.pid).mib)
+    assert max(found[:3]) - min(found[:3]) < 5 and found[3] > found[0] + 35
