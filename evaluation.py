@@ -61,7 +61,14 @@ from util.devices import pick_device
 from util.distributed import process_group, rank
 from vocab import read_captions
 
-OUTPUTS = "json", "csv", "trec", "report", "images"  # options of the command line: files to write
+OUTPUTS = (
+    "json",
+    "csv",
+    "trec",
+    "report",
+    "images",
+    "seeds",
+)  # options of the command line: files to write
 # Those that encode_split takes.
 OF_SPLIT = "data_path data_name split vocab_path batch_size keep_empty_regions".split()
 # Those that go with saved score matrices, and with embeddings.
@@ -281,6 +288,11 @@ def add_outputs(group) -> None:
     )
     group.add_argument(
         "--images", metavar="FOLDER", help="photos for the report, named by {split}_ids.txt"
+    )
+    group.add_argument(
+        "--seeds",
+        metavar="FILE",
+        help="curves.json of scripts/compare.py for the report: how far seeds lie apart",
     )
 
 

@@ -16,7 +16,9 @@ def check(opt: argparse.Namespace) -> None:
         if path == "":
             raise InputError(f"--{name}: an empty name; is a shell variable unset?")
         setattr(opt, name, path and os.path.expanduser(path))
-    read = map(os.path.expanduser, [*opt.checkpoint, *(opt.embeddings or []), opt.ids or ""])
+    opt.seeds = opt.seeds and os.path.expanduser(opt.seeds)
+    given = [*opt.checkpoint, *(opt.embeddings or []), opt.ids or "", opt.seeds or ""]
+    read = map(os.path.expanduser, given)
     inputs = {os.path.realpath(file) for path in read for file in (path, beside(path))}
     written = [opt.json, opt.csv, *(exports.trec_files(opt.trec) if opt.trec else [])]
     written += [opt.report, opt.save_path, opt.save_path and beside(opt.save_path)]
@@ -32,12 +34,16 @@ def check(opt: argparse.Namespace) -> None:
     exports.check(opt.json, opt.csv, opt.trec, opt.report)
     if opt.images and not opt.report:
         raise InputError("--images: the photos are for --report")
+    if opt.seeds and not opt.report:
+        raise InputError("--seeds: the curves are for --report")
     if opt.images and not os.path.isdir(os.path.expanduser(opt.images)):
         raise InputError(f"--images {opt.images}: no such folder")
     if opt.report:
         import report  # the page needs packages that an evaluation does not
 
         report.check(opt.images)
+        if opt.seeds:
+            report.report_seeds.read(opt.seeds)
 
 
 def write(opt: argparse.Namespace, ranking: Ranking) -> None:
@@ -49,7 +55,7 @@ def write(opt: argparse.Namespace, ranking: Ranking) -> None:
             if path and name == "report":
                 import report
 
-                report.write(path, ranking, opt.images)
+                report.write(path, ranking, opt.images, opt.seeds)
             elif path:
                 getattr(exports, f"write_{name}")(path, ranking)
         except (InputError, OSError) as error:

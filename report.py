@@ -13,6 +13,7 @@ import numpy as np
 
 import intervals
 import options
+import report_seeds
 import systems
 from exports import versions
 from ranking import FOLDS, Ranking, Ranks
@@ -52,17 +53,20 @@ def check(images: str | None = None) -> None:
         raise InputError("--images needs pillow: pip install pillow")
 
 
-def write(path: str, ranking: Ranking, images: str | None = None) -> None:
+def write(path: str, ranking: Ranking, images: str | None = None, seeds: str | None = None) -> None:
     """Write the page to `path`. `images` is a folder of photos; see util/photos.py.
 
-    Raises InputError if a package is missing, or if there is no such folder.
+    `seeds` is a file of curves over seeds, which scripts/compare.py writes. Raises InputError if a
+    package is missing, if there is no such folder, or if the file does not fit.
     """
     check(images)
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     how = {"trim_blocks": True, "lstrip_blocks": True, "undefined": StrictUndefined}
     templates = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, **how)
-    text = templates.get_template("page.html").render(page(ranking, images))
+    text = templates.get_template("page.html").render(
+        page(ranking, images) | {"seeds": seeds and report_seeds.section(seeds)}
+    )
     with replacing(path) as part:
         Path(part).write_text(text, encoding="utf-8", errors="replace")
     print(f"Report saved to {path}")

@@ -1,4 +1,4 @@
-"""Charts as inline SVG, for a page without scripts: lines over K, and groups of bars.
+"""Charts as inline SVG, for a page without scripts: lines over K or epochs, and groups of bars.
 
 Colours and fonts are those of the page: a series is drawn in its class, `s0`, `s1`, ... Texts are
 escaped. Every chart has a description for those who do not see it.
@@ -6,7 +6,7 @@ escaped. Every chart has a description for those who do not see it.
 
 import html
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ TICKS = (1, 2, 5, 10, 20, 50, 100)
 
 
 class Line(NamedTuple):
-    """A line of a chart: a value in percent for K = 1, 2, ..."""
+    """A line of a chart: a value in percent for K = 1, 2, ..., or for epochs 0, 1, ..."""
 
     name: str
     values: np.ndarray  # (K,)
@@ -75,15 +75,48 @@ def curves(lines: Sequence[Line], x_title: str, description: str) -> str:
 
     parts = frame(x_title)
     for k in (k for k in TICKS if k <= last):
-        parts.append(f'<path class="grid" d="M{x_of(k):.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
-        parts.append(text(x_of(k), HEIGHT - BOTTOM + 18, k))
+        parts += tick(x_of(k), k)
+    return drawing([*parts, *drawn(lines, points)], description)
+
+
+def over_epochs(
+    lines: Sequence[Line], thin: Sequence[tuple[int, np.ndarray]], description: str
+) -> str:
+    """Lines over epochs 0, 1, ..., and thin ones, each with the number of its line's colour."""
+    last = max(len(line.values) for line in lines) - 1
+
+    def points(values: np.ndarray) -> list[tuple[float, float]]:
+        wide = (WIDTH - LEFT - RIGHT) / max(last, 1)
+        return [(LEFT + wide * epoch, height_of(value)) for epoch, value in enumerate(values)]
+
+    parts, step = frame("epoch"), max(1, math.ceil(last / 10))
+    for epoch in range(0, last + 1, step):
+        parts += tick(points(np.zeros(epoch + 1))[-1][0], epoch)
+    for number, values in thin:
+        parts.append(f'<path class="seed s{number}" d="{path_of(points(values))}"/>')
+    parts += drawn(lines, points)
+    for number, line in enumerate(lines):  # a line of one epoch has no length
+        for x, y in points(line.values):
+            parts.append(f'<circle class="dot s{number}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
+    return drawing(parts, description)
+
+
+def tick(x: float, label: object) -> list[str]:
+    """A line of the grid at x, and its label below."""
+    line = f'<path class="grid" d="M{x:.1f} {TOP}V{HEIGHT - BOTTOM}"/>'
+    return [line, text(x, HEIGHT - BOTTOM + 18, label)]
+
+
+def drawn(lines: Sequence[Line], points: Callable) -> list[str]:
+    """The bands and the lines; `points` gives the places of a line's values."""
+    parts = []
     for number, line in enumerate(lines):
         if line.band is not None:
             low, high = map(points, line.band)
             parts.append(f'<path class="band s{number}" d="{path_of(high + low[::-1])}Z"/>')
     for number, line in enumerate(lines):
         parts.append(f'<path class="line s{number}" d="{path_of(points(line.values))}"/>')
-    return drawing(parts, description)
+    return parts
 
 
 def bars(groups: Sequence[tuple[str, str, Sequence[Bar]]], x_title: str, description: str) -> str:

@@ -124,7 +124,7 @@ def fit(folder: Path, flags: list[str], opt: argparse.Namespace) -> list[dict]:
 
 
 def folder_of(setting: Setting, seed: int, opt: argparse.Namespace) -> Path:
-    return Path(opt.out) / f"{setting.name}_seed{seed}"
+    return Path(opt.out) / f"{setting.folder}_seed{seed}"
 
 
 def one_run(
@@ -146,7 +146,7 @@ def one_run(
     if done.is_file() and ranks.is_file():
         if opt.processes == 1:
             print(f"{folder}: done before")
-        return {"setting": setting.name} | json.loads(done.read_text()), read_ranks(ranks)
+        return {"setting": setting.folder} | json.loads(done.read_text()), read_ranks(ranks)
     print(f"{setting.title}, seed {seed}: {shlex.join(flags)}", flush=True)
     # A result without ranks, of an older version, is of a finished training.
     log = read_log(folder) if done.is_file() else fit(folder, flags, opt)
@@ -157,7 +157,7 @@ def one_run(
     start = time.perf_counter()
     metrics, found = evaluate(best, opt)
     seconds = time.perf_counter() - start
-    result = {"setting": setting.name, "system": setting.system, "seed": seed, "epochs": len(log)}
+    result = {"setting": setting.folder, "system": setting.system, "seed": seed, "epochs": len(log)}
     result["best_epoch"] = max(log, key=lambda epoch: epoch["rsum"])["epoch"] + 1
     result |= {name: metrics[name[:3]][name[4:]] for name in RECALLS}
     result |= {"rsum": metrics["rsum"], "parameters": weights}
@@ -277,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     opt.settings = settings_of(opt.systems, opt.vary)
     check_scipy()
     flags_of = {
-        s.name: [*PROTOCOL.split(), *shlex.split(s.flags), *opt.flags] for s in opt.settings
+        s.folder: [*PROTOCOL.split(), *shlex.split(s.flags), *opt.flags] for s in opt.settings
     }
     for flags in flags_of.values():  # find wrong flags before hours of training
         options.parse(flags)
@@ -287,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
     data = prepare(opt)
     jobs = []
     for setting, seed in runs:
-        flags = [*data, "--device", opt.device, "--seed", str(seed), *flags_of[setting.name]]
+        flags = [*data, "--device", opt.device, "--seed", str(seed), *flags_of[setting.folder]]
         jobs.append((setting, seed, flags, opt))
     if opt.processes > 1:
         run_together(jobs, opt.processes)
@@ -296,7 +296,7 @@ def main(argv: list[str] | None = None) -> None:
         result, found = one_run(*job)
         results.append(result)
         ranks.append(found)
-        logs[job[0].name, job[1]] = read_log(folder_of(job[0], job[1], opt))
+        logs[job[0].folder, job[1]] = read_log(folder_of(job[0], job[1], opt))
         write(results, ranks, opt, [*PROTOCOL.split(), *opt.flags])
         curves = compare_curves.write(opt, opt.settings, logs, results)
     print((Path(opt.out) / "table.md").read_text())

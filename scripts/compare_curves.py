@@ -66,11 +66,11 @@ def curves_of(settings: list[Setting], logs: dict[tuple[str, int], list[dict]]) 
     """Of each setting by name: title, flags, seeds, and 'rsum' (S, E), as far as all seeds got."""
     found = {}
     for setting in settings:
-        seeds = [seed for name, seed in logs if name == setting.name]
+        seeds = [seed for name, seed in logs if name == setting.folder]
         if seeds:
-            runs = [[epoch["rsum"] for epoch in logs[setting.name, seed]] for seed in seeds]
+            runs = [[epoch["rsum"] for epoch in logs[setting.folder, seed]] for seed in seeds]
             length = min(map(len, runs))
-            found[setting.name] = {
+            found[setting.folder] = {
                 "title": setting.title,
                 "flags": setting.flags,
                 "seeds": seeds,

@@ -30,7 +30,7 @@ QUERIES = ("i2t", "t2i", "unit_i2t", "unit_t2i")  # arrays of a file of ranks
 class Setting(NamedTuple):
     """A row of the table: a system with its flags."""
 
-    name: str  # its runs are in {name}_seed{seed}
+    folder: str  # its runs are in {folder}_seed{seed}
     system: str
     title: str
     flags: str
@@ -162,8 +162,8 @@ def tests(settings: list[Setting], runs_of: dict[str, dict[int, Ranks]]) -> list
     """The paired test of each pair of settings, on the seeds that both have."""
     pairs, found, several = list(itertools.combinations(settings, 2)), [], False
     for a, b in pairs:
-        seeds = [seed for seed in runs_of[a.name] if seed in runs_of[b.name]]
-        both = [joined([runs_of[x.name][seed] for seed in seeds]) for x in (a, b)]
+        seeds = [seed for seed in runs_of[a.folder] if seed in runs_of[b.folder]]
+        both = [joined([runs_of[x.folder][seed] for seed in seeds]) for x in (a, b)]
         found.append(paired_test(*both))
         several |= len(seeds) > 1
     if not pairs:
@@ -202,14 +202,14 @@ def table(
     `results` and `ranks` are those of the same runs; `flags` are those of all runs.
     """
     done = {result["setting"] for result in results}
-    settings = [setting for setting in opt.settings if setting.name in done]
-    runs_of = {setting.name: {} for setting in settings}  # the ranks by seed
+    settings = [setting for setting in opt.settings if setting.folder in done]
+    runs_of = {setting.folder: {} for setting in settings}  # the ranks by seed
     for result, of_run in zip(results, ranks, strict=True):
         runs_of[result["setting"]][result["seed"]] = of_run
     lines = head(opt, flags)
     for setting in settings:
-        runs = [result for result in results if result["setting"] == setting.name]
-        lines.append(row(setting, runs, joined(list(runs_of[setting.name].values()))))
+        runs = [result for result in results if result["setting"] == setting.folder]
+        lines.append(row(setting, runs, joined(list(runs_of[setting.folder].values()))))
     lines += ["", *NOTES.format(split=opt.split).splitlines(), *tests(settings, runs_of), ""]
     own = [f"{setting.title}: `{setting.flags}`" for setting in settings]
     return "\n".join([*lines, *(f"- {line}" for line in own), ""])

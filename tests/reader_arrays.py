@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import exports
+import report_seeds
 from data import PrecompDataset
 from gsmn_data import GraphDataset
 from pfan_data import PositionDataset, WholeDataset
@@ -297,12 +298,26 @@ def make_figures(folder: Path) -> Path:
     return path
 
 
+def make_curves(folder: Path) -> Path:
+    """Two settings over two seeds and three epochs, as scripts/compare.py writes them."""
+    path = folder / "curves.json"
+    rsum = [[100.0, 200.5, 300.0], [110.0, 190.0, 310.0]]
+    one = {"title": "SCAN --margin 0.1", "flags": "", "seeds": [0, 1], "rsum": rsum}
+    one |= {"mean": [105.0, 195.0, 305.0], "interval": [[90, 120], [180, 210], [290, 320]]}
+    test = {"a": "a", "b": "b", "where": "dev, epoch 2", "difference": -1.5, "p_holm": 0.5}
+    test |= {"interval": [-3.0, 0.5], "smallest": 4.0}
+    record = {"data": "tiny", "settings": {"a": one, "b": one | {"interval": None}}}
+    path.write_text(json.dumps(record | {"tests": [test]}))
+    return path
+
+
 SCORES = [
     Reader("scores", make_scores, read_scores, edit=edit_npy),
     Reader("scores (array.dump)", make_dumped_scores, read_scores),
     Reader("scores (CHAN's dict)", make_chan_scores, read_scores),
     Reader("scores' caption_image.txt", make_image_of, read_scores),
     Reader("figures of --json", make_figures, lambda path: exports.check_figures(str(path))),
+    Reader("curves over seeds", make_curves, lambda path: str(report_seeds.section(str(path)))),
 ]
 
 

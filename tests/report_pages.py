@@ -103,8 +103,8 @@ def make(n=12, counts=None, sources=1, seed=0, texts=True, digits=None, **more) 
     return Ranking(names, scores, image_of, metrics, parts=parts, **more)
 
 
-def page_of(ranking: Ranking, images=None) -> Page:
-    report.write("report.html", ranking, images)
+def page_of(ranking: Ranking, images=None, seeds=None) -> Page:
+    report.write("report.html", ranking, images, seeds)
     with open("report.html", encoding="utf-8") as file:
         return Page(file.read())
 

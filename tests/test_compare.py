@@ -337,7 +337,7 @@ def test_published_positions_need_no_boxes(tiny_positions, monkeypatch):
     jobs = []
 
     def run_together(some, processes):
-        jobs.append([(setting.name, seed) for setting, seed, *_ in some])
+        jobs.append([(setting.folder, seed) for setting, seed, *_ in some])
         raise InputError("enough")
 
     monkeypatch.setattr(compare, "run_together", run_together)

@@ -46,6 +46,11 @@ from util.cli import InputError
         (["--json", "/dev/null"], "/dev/null: not a file that can be replaced"),
         (["--json", "/proc/x.json"], "/proc/x.json: the folder cannot be written to"),
         (["--images", "data"], "--images: the photos are for --report"),
+        (["--seeds", "curves.json"], "--seeds: the curves are for --report"),
+        (
+            ["--report", "r.html", "--seeds", "vocab/tiny_precomp_vocab.json"],
+            "vocab.json: no settings and tests, expected the curves.json of scripts/compare.py",
+        ),
     ],
 )
 def test_faults_are_said_before_scoring(untrained, monkeypatch, flags, said):

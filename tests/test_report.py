@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 import intervals
+import report_seeds
 import report_stats
 from ranking import Ranking
+from tests.reader_arrays import make_curves
 from tests.report_pages import VARIANTS, make, page_of
+from util.cli import InputError
 
 
 @pytest.fixture(params=VARIANTS)
@@ -258,3 +261,47 @@ def test_recalls_by_length_need_texts_but_no_model(name, tmp_path, monkeypatch):
         (row,) = page.table("Words of the caption")  # all have seven
         assert row[:2] == ["7", "60"]
         assert row[2].startswith(f"{100 * np.mean(ranking.ranks.t2i == 0):.1f} [")
+
+
+def test_curves_over_seeds_stand_in_a_section_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = make_curves(tmp_path)
+    page = page_of(make(), seeds=str(path))
+    assert page.table("Epoch") == [
+        [f"{k}", f"{mean}.0 [{low}.0, {high}.0] ({a}, {b})", f"{mean}.0 ({a}, {b})"]
+        for k, mean, low, high, a, b in (
+            (0, 105, 90, 120, "100.0", "110.0"),
+            (1, 195, 180, 210, "200.5", "190.0"),
+            (2, 305, 290, 320, "300.0", "310.0"),
+        )
+    ]
+    pair = "SCAN --margin 0.1, SCAN --margin 0.1"
+    assert page.table("Settings") == [[pair, "dev, epoch 2", "-1.5 [-3.0, 0.5]", "0.500", "4.0"]]
+    section = page.text.partition('id="seeds"')[2].partition("</section>")[0]
+    drawn = re.findall(r'<path class="(line|seed|band) s(\d)" d="M[\d.]+ [\d.]+L', section)
+    assert drawn.count(("seed", "0")) == drawn.count(("seed", "1")) == 2
+    assert ("band", "0") in drawn and ("band", "1") not in drawn
+    assert "<h2" in page.text and 'href="#seeds"' in page.text
+    assert 'href="#seeds"' not in page_of(make()).text
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"rsum": [[100.0', '"rsum": [[-1'),
+        ('"rsum": [[100.0', '"rsum": [[1e400'),
+        ('"rsum": [[100.0, ', '"rsum": [['),
+        ('"mean": [105.0', '"mean": ["x"'),
+        ('"interval": null', '"interval": [[1, 2]]'),
+        ('"title": "SCAN', '"title": "' + "S" * 2000),
+        ('"seeds": [0, 1]', '"seeds": [0]'),
+        ('"p_holm": 0.5', '"p_holm": "x"'),
+        ('"a": "a"', '"a": "c"'),
+    ],
+)
+def test_odd_curves_are_one_line(tmp_path, old, new):
+    path = make_curves(tmp_path)
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(InputError, match="curves.json: not the curves.json of scripts/compare.py"):
+        report_seeds.read(str(path))
