@@ -42,13 +42,19 @@ LONGEST_WORD = 1000  # letters; BERT's own tokenizers have 100
 
 
 def library():
-    """The transformers package, which only BERT needs."""
+    """The transformers package, which only BERT needs. Raises InputError."""
     try:
         import transformers
     except ImportError:
         raise InputError(
             "--text_enc_type bert needs the transformers library: pip install transformers"
         ) from None
+    found = transformers.__version__
+    if int(found.partition(".")[0]) < 5:  # it takes other masks
+        raise InputError(
+            f"--text_enc_type bert needs transformers 5 or newer, found {found}: pip install "
+            "--upgrade transformers"
+        )
     transformers.utils.logging.set_verbosity_error()  # else it reports unused heads
     transformers.utils.logging.disable_progress_bar()
     return transformers

@@ -146,3 +146,13 @@ def test_a_piece_with_a_number_far_from_the_others_is_refused(little, place, num
         tokenizer["added_tokens"][-1]["id"] = number
     with pytest.raises(InputError, match="x: not BERT's tokens: expected ids of pieces from 0"):
         bert.WordPieces(json.dumps(tokenizer), "x")
+
+
+def test_an_old_library_is_named(monkeypatch):
+    """Its BERT takes other masks, and would end in a traceback."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(transformers, "__version__", "4.57.3")
+    with pytest.raises(
+        InputError, match="transformers 5 or newer, found 4.57.3: pip install --upg"
+    ):
+        bert.library()

@@ -139,7 +139,7 @@ def test_too_much_at_once_is_refused_and_late_answers_are_named(finder, monkeypa
 
     def slowly(*asked):
         started.release()
-        free.wait(30)
+        free.wait(300)
         return found
 
     found = finder.searcher.images_for("a dog")
@@ -165,7 +165,7 @@ def test_a_search_is_not_begun_if_its_client_is_gone(finder, monkeypatch, capfd)
 
     def slowly(query, *more):
         begun.append(query)
-        free.wait(30)
+        free.wait(300)
         return found
 
     found = finder.searcher.images_for("a dog")
@@ -196,7 +196,7 @@ def test_pictures_of_clients_that_are_gone_are_not_kept(finder, monkeypatch, cap
 
     def slowly(data):
         begun.append(len(data))
-        free.wait(30)
+        free.wait(300)
         return np.zeros((8, 8, 3), np.uint8)
 
     monkeypatch.setattr(finder.pictures, "read", slowly)

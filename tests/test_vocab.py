@@ -180,6 +180,8 @@ def test_damaged_punkt_data_is_named_with_the_repair(nltk_data, capsys, extracte
     folder, forget = nltk_data
     archive = folder / "punkt_tab.zip"
     whole = archive.read_bytes()
+    if [int(x) for x in nltk.__version__.split(".")[:2]] < [3, 10]:
+        pytest.skip("before 3.10, nltk reads this data from a folder only")
     assert tokenize("He ran. He fell.") == ["he", "ran", ".", "he", "fell", "."]
     assert capsys.readouterr().err == ""
     damages = [whole[: len(whole) * k // 9] for k in range(9)]
