@@ -127,6 +127,11 @@ def folder_of(setting: Setting, seed: int, opt: argparse.Namespace) -> Path:
     return Path(opt.out) / f"{setting.folder}_seed{seed}"
 
 
+def results_of(folder: Path, opt: argparse.Namespace) -> tuple[Path, Path]:
+    """The files of a run that is finished: its row, and its ranks."""
+    return folder / f"result_{opt.split}.json", folder / f"ranks_{opt.split}.npz"
+
+
 def one_run(
     setting: Setting, seed: int, flags: list[str], opt: argparse.Namespace
 ) -> tuple[dict[str, int | float | str], Ranks]:
@@ -142,7 +147,7 @@ def one_run(
         old = "*.pth.tar", "*.json*", "*.npz", "*.log", "events.out.tfevents.*"
         ckpt.prepare(str(folder), old)
         known.write_text(json.dumps(asked))
-    done, ranks = (folder / f"{x}" for x in (f"result_{opt.split}.json", f"ranks_{opt.split}.npz"))
+    done, ranks = results_of(folder, opt)
     if done.is_file() and ranks.is_file():
         if opt.processes == 1:
             print(f"{folder}: done before")
@@ -177,8 +182,8 @@ def run_alone(*job) -> None:
     run(lambda: one_run(*job))
 
 
-def run_together(jobs: list[tuple], processes: int) -> None:
-    """Make runs, so many at a time; the others go on if one fails. Raises InputError then."""
+def run_together(jobs: list[tuple], processes: int) -> int:
+    """Make runs, so many at a time; the others go on if one fails. Returns how many failed."""
     waiting, running, failed = list(jobs), {}, 0
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -197,8 +202,7 @@ def run_together(jobs: list[tuple], processes: int) -> None:
         for process in running.values():
             process.join()
         signal.signal(signal.SIGTERM, before)
-    if failed:
-        raise InputError(f"{failed} of {len(jobs)} runs failed, as the lines above say")
+    return failed
 
 
 def evaluate(path: str, opt: argparse.Namespace) -> tuple[dict, Ranks]:
@@ -267,7 +271,8 @@ def main(argv: list[str] | None = None) -> None:
     at = argv.index("--") if "--" in argv else len(argv)
     opt = parser.parse_args(each_varied(argv[:at], parser))
     opt.flags = argv[at + 1 :]
-    own = [flag for flag in opt.flags if flag.partition("=")[0] in SET_HERE]
+    varied = [flag for flags in opt.vary or () for flag in shlex.split(flags)]
+    own = [flag for flag in (*opt.flags, *varied) if flag.partition("=")[0] in SET_HERE]
     if own:
         parser.error(f"{' '.join(own)}: this script sets that itself")
     opt.out = opt.out or f"runs/compare_{opt.data_name}"
@@ -276,31 +281,47 @@ def main(argv: list[str] | None = None) -> None:
         opt.seeds = list(range(max(1, opt.seeds[0])))  # --seeds 0 was once seed 0
     opt.settings = settings_of(opt.systems, opt.vary)
     check_scipy()
-    flags_of = {
-        s.folder: [*PROTOCOL.split(), *shlex.split(s.flags), *opt.flags] for s in opt.settings
-    }
-    for flags in flags_of.values():  # find wrong flags before hours of training
-        options.parse(flags)
+    flags_of = {}
+    for setting in opt.settings:
+        flags = [*PROTOCOL.split(), *shlex.split(setting.flags), *opt.flags]
+        flags_of[setting.folder] = [*flags, *shlex.split(setting.varied)]
+        options.parse(flags_of[setting.folder])  # find wrong flags before hours of training
     runs = [(setting, seed) for seed in opt.seeds for setting in opt.settings]
     cores = 1 if pick_device(opt.device).type == "cuda" else os.cpu_count() or 1
     opt.processes = min(opt.processes or cores, len(runs))
-    data = prepare(opt)
-    jobs = []
+    data, jobs = prepare(opt), []
     for setting, seed in runs:
         flags = [*data, "--device", opt.device, "--seed", str(seed), *flags_of[setting.folder]]
         jobs.append((setting, seed, flags, opt))
-    if opt.processes > 1:
-        run_together(jobs, opt.processes)
+    failed = run_together(jobs, opt.processes) if opt.processes > 1 else 0
+    collect(jobs, opt)
+    if failed:
+        raise InputError(f"{failed} of {len(jobs)} runs failed, as the lines above say")
+
+
+def collect(jobs: list[tuple], opt: argparse.Namespace) -> None:
+    """Make the runs that are not made yet, and write the tables; print them at the end.
+
+    Of several processes' runs, those that have failed are left out.
+    """
     results, ranks, logs = [], [], {}
-    for job in jobs:
-        result, found = one_run(*job)
+    alone = opt.processes == 1
+    for setting, seed, *rest in jobs:
+        folder = folder_of(setting, seed, opt)
+        if not alone and not all(path.is_file() for path in results_of(folder, opt)):
+            continue
+        result, found = one_run(setting, seed, *rest)
         results.append(result)
         ranks.append(found)
-        logs[job[0].folder, job[1]] = read_log(folder_of(job[0], job[1], opt))
+        logs[setting.folder, seed] = read_log(folder)
+        if alone:
+            write(results, ranks, opt, [*PROTOCOL.split(), *opt.flags])
+            compare_curves.write(opt, opt.settings, logs, results)
+    if results:
         write(results, ranks, opt, [*PROTOCOL.split(), *opt.flags])
-        curves = compare_curves.write(opt, opt.settings, logs, results)
-    print((Path(opt.out) / "table.md").read_text())
-    print(curves)
+        page = compare_curves.write(opt, opt.settings, logs, results)
+        print((Path(opt.out) / "table.md").read_text())
+        print(page)
 
 
 if __name__ == "__main__":

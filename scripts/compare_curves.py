@@ -72,7 +72,7 @@ def curves_of(settings: list[Setting], logs: dict[tuple[str, int], list[dict]]) 
             length = min(map(len, runs))
             found[setting.folder] = {
                 "title": setting.title,
-                "flags": setting.flags,
+                "flags": f"{setting.flags} {setting.varied}".strip(),
                 "seeds": seeds,
                 "rsum": np.array([run[:length] for run in runs]),  # (S, E)
             }

@@ -33,7 +33,8 @@ class Setting(NamedTuple):
     folder: str  # its runs are in {folder}_seed{seed}
     system: str
     title: str
-    flags: str
+    flags: str  # of the system's row
+    varied: str = ""  # flags of --vary: they come last
 
 
 def settings_of(names: list[str], varied: list[str] | None) -> list[Setting]:
@@ -48,7 +49,7 @@ def settings_of(names: list[str], varied: list[str] | None) -> list[Setting]:
         title = f"{SYSTEMS[system].compared[0]} {flags}".strip()
         if name in found:
             raise InputError(f"--vary: {flags!r} and an earlier one are both named {name}")
-        found[name] = Setting(name, system, title, f"{own_flags(system)} {flags}".strip())
+        found[name] = Setting(name, system, title, own_flags(system), flags)
     return list(found.values())
 
 
@@ -211,7 +212,7 @@ def table(
         runs = [result for result in results if result["setting"] == setting.folder]
         lines.append(row(setting, runs, joined(list(runs_of[setting.folder].values()))))
     lines += ["", *NOTES.format(split=opt.split).splitlines(), *tests(settings, runs_of), ""]
-    own = [f"{setting.title}: `{setting.flags}`" for setting in settings]
+    own = [f"{x.title}: `{f'{x.flags} {x.varied}'.strip()}`" for x in settings]
     return "\n".join([*lines, *(f"- {line}" for line in own), ""])
 
 
