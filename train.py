@@ -91,7 +91,8 @@ def train(run: Run) -> None:
     if state.epoch >= opt.num_epochs:
         print(f"nothing to do: {state.epoch} epochs are done, --num_epochs is {opt.num_epochs}")
     writer = run_log.open_writer(opt, state, run.tracker)
-    with RunLog(opt, state, run.criterion, run.dev_set, writer) as log, run.watch.explaining():
+    # The end of a loader process is raised wherever the loop is, while the log is closed too.
+    with run.watch.explaining(), RunLog(opt, state, run.criterion, run.dev_set, writer) as log:
         try:
             while state.epoch < opt.num_epochs:
                 start, lr = time.time(), start_epoch(run)
@@ -181,7 +182,7 @@ def batches_of(run: Run, stop: StopSignal) -> Iterator[dict[str, torch.Tensor]]:
             if batch is None:
                 return
             yield batch
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, EOFError) as error:
         said = explain(error)
         if said is None:
             raise

@@ -217,3 +217,21 @@ def test_rows_of_the_whole_array_are_sampled():
         other[row, 1] = 1
         hashes.add(sampled_hash(other))
     assert len(hashes) == 103
+
+
+def test_a_loader_process_that_ends_is_one_line(tiny, monkeypatch):
+    """First its connection breaks, then its end is raised, while the log is closed."""
+
+    def broken(loader):
+        raise ConnectionResetError(104, "Connection reset by peer")
+        yield
+
+    def ended(*_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    monkeypatch.setattr(train.DataLoader, "__iter__", broken)
+    with pytest.raises(InputError, match="a loader process ended .*reset by peer.*fewer --workers"):
+        train.main(train_args(num_epochs=1))
+    monkeypatch.setattr(train.RunLog, "__exit__", ended)
+    with pytest.raises(InputError, match="a loader process ended .*Killed.*fewer --workers"):
+        train.main(train_args(num_epochs=1))

@@ -24,6 +24,7 @@ from data import Drop, EpochSampler, get_train_loader
 from run_state import RunState
 from tests.conftest import read_log, train_args
 from util import distributed
+from util.cli import InputError
 from vocab import deserialize_vocab
 
 ROOT = Path(__file__).parent.parent
@@ -324,3 +325,26 @@ def test_a_signal_saves_first(tiny, whole_group):
     assert running.returncode != 0 and "saved epoch" in out, out
     epoch = ckpt.load("run/interrupted.pth.tar")["epoch"]
     train.main(train_args(num_epochs=epoch + 2, resume="run/interrupted.pth.tar"))
+
+
+@pytest.mark.parametrize(
+    ("said", "means"),
+    [
+        ("Application timeout caused pair closure", "did not answer for 7 s"),
+        ("[pytorch/gloo/transport/tcp/pair.cc:534] Connection closed by peer", "lost another"),
+    ],
+)
+def test_what_gloo_says_becomes_one_line(monkeypatch, said, means):
+    group = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    group |= {"MASTER_PORT": str(free_port()), "TORCHELASTIC_RUN_ID": "test"}
+    for name, value in group.items():
+        monkeypatch.setenv(name, value)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with (
+            pytest.raises(InputError, match=f"process 0 of 1: .*{means}"),
+            distributed.process_group(torch.device("cpu"), 7),
+        ):
+            raise RuntimeError(said)
+    finally:
+        signal.signal(signal.SIGTERM, before)

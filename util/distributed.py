@@ -23,6 +23,8 @@ from torch import Tensor
 
 from util.cli import InputError
 
+# In the messages of gloo, which connects processes on CPUs.
+OF_GLOO = "gloo", "Application timeout caused pair closure"
 TIMEOUT = 1800  # seconds that a process waits for the others, as in PyTorch with gloo
 
 
@@ -75,7 +77,7 @@ def process_group(device: torch.device, timeout: int = TIMEOUT) -> Iterator[None
             agreed = True
         except BaseException as error:
             agreed = isinstance(error, SystemExit)
-            lost = isinstance(error, RuntimeError) and "gloo" in str(error)
+            lost = isinstance(error, RuntimeError) and any(x in str(error) for x in OF_GLOO)
             lost |= isinstance(error, dist.DistError)
             if lost:  # torchrun ends the remaining processes; this one first prints the reason
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)

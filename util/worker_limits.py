@@ -53,8 +53,11 @@ def loaders(workers: int) -> str:
     return f"{workers} loader process{'es' * (workers > 1)}"
 
 
-def explain(error: RuntimeError) -> str | None:
-    """What a failure of torch's loader processes means, or None if it is another error."""
+def explain(error: Exception) -> str | None:
+    """What a failure of torch's loader processes means, or None if it is another error.
+
+    A broken connection counts as one: give only those that come while a batch is fetched.
+    """
     said = str(error)
     if "Too many open files" in said:
         return "the loader processes ran out of file handles: raise ulimit -n, or --workers 0"
@@ -64,8 +67,8 @@ def explain(error: RuntimeError) -> str | None:
             f"the loader processes ran out of shared memory ({SHARED}): give --workers 0, or the "
             "container more of it, e.g. docker run --shm-size 8g"
         )
-    if "DataLoader worker" in said and ("killed" in said or "exited" in said):
-        return (
-            f"a loader process ended ({said.splitlines()[0]}): out of memory? Try fewer --workers"
-        )
+    broken = isinstance(error, (ConnectionError, EOFError))
+    if broken or ("DataLoader worker" in said and ("killed" in said or "exited" in said)):
+        what = (said or type(error).__name__).splitlines()[0]
+        return f"a loader process ended ({what}): out of memory? Try fewer --workers"
     return None
