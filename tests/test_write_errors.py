@@ -145,6 +145,7 @@ def test_lines_that_could_not_be_written_are_written_later(tiny, monkeypatch, ca
 
 
 @pytest.mark.parametrize("at_close", [True, False])
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_charts_that_cannot_be_written_end_nothing(tmp_path, capfd, at_close):
     folder = tmp_path / "log"
     writer = Writers(SummaryWriter(str(folder), flush_secs=0), NoTracker())
