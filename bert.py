@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from model import l2norm
 from util.cli import InputError
 from util.hub import offline
-from util.json_file import fault_of, first_line, parse_json, shown_value
+from util.json_file import fault_of, first_line, parse_json, read_object, shown_value
 from util.long_captions import cut
 
 PIECES = "bert.embeddings.word_embeddings.weight"  # a key in the weights of a text encoder
@@ -142,6 +142,12 @@ class WordPieces:
     def read(cls, path: str | os.PathLike) -> "WordPieces":
         """Read the tokenizer of a BERT: a folder with vocab.txt or tokenizer.json, or a name."""
         path = os.fspath(path)
+        file = os.path.join(path, "tokenizer.json")
+        if os.path.isfile(file):  # before the library makes a table as long as it says
+            try:
+                check_parts(read_object(file))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise InputError(f"{file}: not BERT's tokens: {fault_of(error)}") from None
         read = library().BertTokenizerFast.from_pretrained
         # Without these files the library would invent a tokenizer of five pieces.
         tokenizer = fetch("tokens", path, read, "tokenizer.json", "vocab.txt")

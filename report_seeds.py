@@ -26,9 +26,10 @@ def read(path: str) -> dict:
     try:
         curves = [curve(setting) for setting in settings.values()]
         rows = [test(row, settings) for row in tests]
+        data = text(record.get("data", ""))
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"{path}: not{advice.removeprefix(',')} ({fault_of(error)})") from None
-    return {"curves": curves, "tests": rows, "data": text(record.get("data", ""))}
+    return {"curves": curves, "tests": rows, "data": data}
 
 
 def text(x) -> str:

@@ -1,6 +1,6 @@
 """Do harm to real training runs, and see whether anything is lost.
 
-    python scripts/fault_drill.py                     # all systems; about 25 minutes on one core
+    python scripts/fault_drill.py                     # all systems; about 40 minutes on one core
     python scripts/fault_drill.py --systems scan --kills 10 --verbose
     python scripts/fault_drill.py --faults kill disk  # those with one of these words in their name
 

@@ -11,7 +11,8 @@ import torch
 
 import bert
 import train
-from tests.small_bert import PIECES, flags
+from bert import WordPieces
+from tests.small_bert import PIECES, flags, write_bert
 from util.cli import InputError
 
 
@@ -156,3 +157,16 @@ def test_an_old_library_is_named(monkeypatch):
         InputError, match="transformers 5 or newer, found 4.57.3: pip install --upg"
     ):
         bert.library()
+
+
+def test_a_large_id_is_refused_before_the_library_reads_it(tmp_path):
+    """It would make a table of 2^31 pieces, in half a minute or not at all."""
+    library = pytest.importorskip("tokenizers")
+    write_bert(tmp_path)
+    text = WordPieces.read(tmp_path).state_dict()["tokenizer_json"]
+    assert library.Tokenizer.from_str(text)
+    changed = text.replace('"dog":21', '"dog":2147483648')
+    assert changed != text
+    (tmp_path / "tokenizer.json").write_text(changed)
+    with pytest.raises(InputError, match="tokenizer.json: not BERT's tokens: .*expected ids"):
+        WordPieces.read(tmp_path)

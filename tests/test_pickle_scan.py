@@ -49,6 +49,12 @@ HARMFUL = {
     "memory, protocol 4": pickle.dumps([Call(bytearray, 10**11)], 4),
     "time": pickle.dumps([Call(collections.Counter, Call(bytearray, 10**10))], 2),
     "a table": b"\x80\x02}r\xff\xff\xff\x7f.",
+    # Into a message, which torch searches with a pattern that takes the square of its length.
+    "a name": b"\x80\x02c" + b"x" * 10**5 + b"\ny\n.",
+    "a name in texts": pickle.dumps("x" * 10**5, 4)[:-1] + b"\x8c\x01y\x93.",
+    "a name that is called": pickle.dumps("x" * 10**5, 2)[:-1] + b")R.",
+    "a name of a class": pickle.dumps("x" * 10**5, 2)[:-1] + b")\x81.",
+    "a name of a storage": pickle.dumps(("x" * 10**5, 1), 2)[:-1] + b"Q.",
 }
 
 
@@ -76,7 +82,9 @@ def test_a_checkpoint_that_asks_too_much(tmp_path, name, legacy):
     with pytest.raises(InputError, match="expected a dict with 'model' and 'opt'"):
         ckpt.read(path)  # so far the file is read
     torch_file(path, HARMFUL[name], legacy)
-    with pytest.raises(InputError, match="a damaged one .*(tuples lie|makes a|object number)"):
+    with pytest.raises(
+        InputError, match="a damaged one .*(tuples lie|makes a|object number|a name of over)"
+    ):
         ckpt.read(path)
 
 

@@ -1,7 +1,8 @@
 """Look through a pickle before it is loaded: a few bytes can ask for all memory, or for years.
 
 Which objects a pickle may make is the concern of the unpicklers. Here the amounts are bounded that
-those believe: the table of numbered objects, tuples in tuples, and containers of a given length.
+those believe: the table of numbered objects, tuples in tuples, containers of a given length, and
+names that torch would put into the message of an error, and search with a slow pattern.
 """
 
 import io
@@ -12,7 +13,10 @@ from typing import BinaryIO
 
 DEEPEST = 20  # tuples in tuples: to hash n of them, each twice in the next, takes 2^n steps
 FILLED = "bytearray"  # the container that a number fills; no file of this field needs it
-_MARK = -1
+LONGEST_NAME = 1000  # letters of the name of an object
+_MARK = -1, 0
+# Opcodes that take the name of an object, and which of the taken objects it is, from the top.
+NAMING = {"BINPERSID": 0, "REDUCE": 1, "NEWOBJ": 1, "NEWOBJ_EX": 2}
 LEGACY_PICKLES = 5  # in a file of PyTorch before 1.6; the numbers of its tensors follow
 
 
@@ -21,8 +25,9 @@ def check_pickle(file: BinaryIO, size: int) -> None:
 
     It begins at the place of a file of `size` bytes; the file then stands behind it.
     """
-    stack: list[int] = []  # how deep tuples lie in each object; _MARK is a mark
-    memo: dict[int, int] = {}
+    # Of each object, how deep tuples lie in it, and the letters of the longest text in its tuples.
+    stack: list[tuple[int, int]] = []  # _MARK is a mark
+    memo: dict[int, tuple[int, int]] = {}
     last = ["", ""]  # the last texts: STACK_GLOBAL takes its names from the stack
     while True:
         opcode = pickletools.code2op.get(file.read(1).decode("latin1"))
@@ -41,18 +46,26 @@ def check_pickle(file: BinaryIO, size: int) -> None:
             called = last[1] if argument is None else argument.split()[-1]
             if called == FILLED:
                 raise ValueError(f"it makes a {called}")
+            if len(argument or "".join(last)) > LONGEST_NAME:
+                raise ValueError(f"a name of over {LONGEST_NAME:,} letters")
         if isinstance(argument, str):
             last = [last[1], argument]
         if name.endswith("PUT") or name == "MEMOIZE":
-            memo[len(memo) if argument is None else argument] = stack[-1] if stack else 0
+            memo[len(memo) if argument is None else argument] = stack[-1] if stack else (0, 0)
         elif name.endswith("GET"):
-            stack.append(memo.get(argument, 0))
+            stack.append(memo.get(argument, (0, 0)))
         else:
-            _take_and_give(opcode, stack)
+            is_text = isinstance(argument, str) and "GLOBAL" not in name
+            _take_and_give(opcode, stack, len(argument) if is_text else 0)
 
 
-def _take_and_give(opcode: pickletools.OpcodeInfo, stack: list[int]) -> None:
-    """Do to the stack what an opcode does, with how deep tuples lie instead of objects."""
+def _take_and_give(
+    opcode: pickletools.OpcodeInfo, stack: list[tuple[int, int]], letters: int
+) -> None:
+    """Do to the stack what an opcode does, with what is known of the objects instead of them.
+
+    `letters`: those of the text that it pushes.
+    """
     taken = []
     for item in reversed(opcode.stack_before):
         if item is pickletools.stackslice:
@@ -60,10 +73,19 @@ def _take_and_give(opcode: pickletools.OpcodeInfo, stack: list[int]) -> None:
                 taken.append(stack.pop())
         elif stack:
             taken.append(stack.pop())
-    depth = max([0, *taken]) + opcode.name.startswith("TUPLE")
+    depth = max([0, *(deep for deep, _ in taken)]) + opcode.name.startswith("TUPLE")
     if depth > DEEPEST:
         raise ValueError(f"more than {DEEPEST} tuples lie in each other")
-    stack += [_MARK if item is pickletools.markobject else depth for item in opcode.stack_after]
+    if opcode.name in NAMING:
+        name = taken[NAMING[opcode.name] :]
+        if max([0, *(long for _, long in name)]) > LONGEST_NAME:
+            raise ValueError(f"a name of over {LONGEST_NAME:,} letters")
+    # In a list or a dict a long text is a value.
+    inside = taken if opcode.name.startswith("TUPLE") else []
+    longest = max([letters, *(long for _, long in inside)])
+    stack += [
+        _MARK if item is pickletools.markobject else (depth, longest) for item in opcode.stack_after
+    ]
 
 
 def check_torch_file(path: str | os.PathLike) -> None:
