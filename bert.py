@@ -44,7 +44,11 @@ LONGEST_WORD = 1000  # letters; BERT's own tokenizers have 100
 def library():
     """The transformers package, which only BERT needs. Raises InputError."""
     try:
-        import transformers
+        # A model may be being built on the meta device, on which the library's own tensors fail.
+        with torch.device("cpu"):
+            import transformers
+
+            _ = transformers.BertModel  # it imports a part when it is asked for
     except ImportError:
         raise InputError(
             "--text_enc_type bert needs the transformers library: pip install transformers"
