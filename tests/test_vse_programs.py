@@ -142,15 +142,6 @@ def test_a_published_vocabulary_may_lack_the_mask(tiny):
 # Several processes, parts of a batch, few digits
 
 
-@pytest.mark.parametrize(("world", "batch_size", "drop"), [(2, 33, True), (3, 49, None)])
-def test_loss_and_gradient_are_those_of_one_process(tiny_positions, world, batch_size, drop):
-    """The batch norm counts the regions of all processes, also where a share has more of them."""
-    options = {"model": "vse", "max_violation": None, "vse_mean_warmup_epochs": 0}
-    options |= {"drop": drop} if drop else {}
-    same = test_distributed.test_loss_and_gradient_are_those_of_one_process
-    same(tiny_positions, world, batch_size, [options])
-
-
 def test_statistics_of_several_processes(tiny):
     """With a rate of 0 the weights stay, and the running statistics are those of one process."""
     one, two = (

@@ -76,10 +76,10 @@ def _take_and_give(
     depth = max([0, *(deep for deep, _ in taken)]) + opcode.name.startswith("TUPLE")
     if depth > DEEPEST:
         raise ValueError(f"more than {DEEPEST} tuples lie in each other")
-    if opcode.name in NAMING:
-        name = taken[NAMING[opcode.name] :]
-        if max([0, *(long for _, long in name)]) > LONGEST_NAME:
-            raise ValueError(f"a name of over {LONGEST_NAME:,} letters")
+    place = NAMING.get(opcode.name)
+    name = [] if place is None else taken[place:]
+    if max([0, *(long for _, long in name)]) > LONGEST_NAME:
+        raise ValueError(f"a name of over {LONGEST_NAME:,} letters")
     # In a list or a dict a long text is a value.
     inside = taken if opcode.name.startswith("TUPLE") else []
     longest = max([letters, *(long for _, long in inside)])
