@@ -5,10 +5,12 @@ NAACL 2019 (arXiv:1810.04805). A piece is a WordPiece token. Shapes: C captions,
 size of BERT, D joint dimension.
 """
 
+import contextlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from model import l2norm
 from util.cli import InputError
 from util.hub import offline
-from util.json_file import fault_of, first_line, parse_json, read_object, shown_value
+from util.json_file import fault_of, first_line, parse_json, shown_value
 from util.long_captions import cut
 
 PIECES = "bert.embeddings.word_embeddings.weight"  # a key in the weights of a text encoder
@@ -128,12 +130,9 @@ class WordPieces:
         library()
         from tokenizers import Tokenizer
 
-        try:
+        with tokens_of(source):
             check_parts(parse_json(text))
             self.tokenizer = Tokenizer.from_str(text)
-        except Exception as error:  # the library raises errors of many types
-            said = first_line(str(error)) or type(error).__name__
-            raise InputError(f"{source}: not BERT's tokens: {said}") from None
         # "[MASK]" in a caption is plain text: published programs split it like other text (Q38).
         self.tokenizer.encode_special_tokens = True
         self.tokenizer.no_truncation()
@@ -148,10 +147,9 @@ class WordPieces:
         path = os.fspath(path)
         file = os.path.join(path, "tokenizer.json")
         if os.path.isfile(file):  # before the library makes a table as long as it says
-            try:
-                check_parts(read_object(file))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise InputError(f"{file}: not BERT's tokens: {fault_of(error)}") from None
+            text = Path(file).read_bytes()
+            with tokens_of(file):
+                check_parts(parse_json(text))
         read = library().BertTokenizerFast.from_pretrained
         # Without these files the library would invent a tokenizer of five pieces.
         tokenizer = fetch("tokens", path, read, "tokenizer.json", "vocab.txt")
@@ -182,6 +180,16 @@ class WordPieces:
     def state_dict(self) -> dict:
         """Plain values that a checkpoint can store."""
         return {"tokenizer_json": self.tokenizer.to_str()}
+
+
+@contextlib.contextmanager
+def tokens_of(source: str) -> Iterator[None]:
+    """Put the source of a tokenizer around any error: the library raises many types."""
+    try:
+        yield
+    except Exception as error:
+        said = first_line(str(error)) or type(error).__name__
+        raise InputError(f"{source}: not BERT's tokens: {said}") from None
 
 
 def check_parts(tokenizer: dict) -> None:
