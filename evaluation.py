@@ -61,14 +61,8 @@ from util.devices import pick_device
 from util.distributed import process_group, rank
 from vocab import read_captions
 
-OUTPUTS = (
-    "json",
-    "csv",
-    "trec",
-    "report",
-    "images",
-    "seeds",
-)  # options of the command line: files to write
+# Options of the command line: files to write, and what belongs to them.
+OUTPUTS = "json csv trec report images seeds".split()
 # Those that encode_split takes.
 OF_SPLIT = "data_path data_name split vocab_path batch_size keep_empty_regions".split()
 # Those that go with saved score matrices, and with embeddings.

@@ -41,9 +41,7 @@ def check(opt: argparse.Namespace) -> None:
     if opt.report:
         import report  # the page needs packages that an evaluation does not
 
-        report.check(opt.images)
-        if opt.seeds:
-            report.report_seeds.read(opt.seeds)
+        report.check(opt.images, opt.seeds)
 
 
 def write(opt: argparse.Namespace, ranking: Ranking) -> None:

@@ -17,7 +17,7 @@ import report_seeds
 import systems
 from exports import versions
 from ranking import FOLDS, Ranking, Ranks
-from report_figures import Bar, Line, bars, curves
+from report_figures import SERIES, Bar, Line, bars, curves
 from report_queries import Items, has_pillow, hubs, lists, only_one_finds
 from report_stats import (
     TOP,
@@ -39,11 +39,13 @@ from scoring import Split
 from util.cli import InputError, replacing
 
 TEMPLATES = Path(__file__).resolve().parent / "util" / "report_page"
-SERIES = 6  # colours of the lines of a chart
 
 
-def check(images: str | None = None) -> None:
-    """Raise InputError if a package is missing: call it before hours of work."""
+def check(images: str | None = None, seeds: str | None = None) -> None:
+    """Raise InputError if a package is missing, or if the file of curves does not fit.
+
+    Call it before hours of work.
+    """
     try:
         import jinja2  # noqa: F401
     except ImportError:
@@ -51,6 +53,8 @@ def check(images: str | None = None) -> None:
     intervals.check_scipy()
     if images and not has_pillow():
         raise InputError("--images needs pillow: pip install pillow")
+    if seeds:
+        report_seeds.read(seeds)
 
 
 def write(path: str, ranking: Ranking, images: str | None = None, seeds: str | None = None) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 WIDTH, HEIGHT = 460, 280  # of the drawing's own units; on a page it is as wide as there is room
 LEFT, RIGHT, TOP, BOTTOM = 32, 14, 10, 48  # margins
+SERIES = 6  # colours of lines
 TICKS = (1, 2, 5, 10, 20, 50, 100)
 
 

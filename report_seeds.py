@@ -8,11 +8,10 @@ from numbers import Real
 
 import numpy as np
 
-from report_figures import Line, over_epochs
+from report_figures import SERIES, Line, over_epochs
 from util.cli import InputError, printable
 from util.json_file import fault_of, read_object
 
-MOST = 6  # settings in a chart: it has so many colours
 SUM = 6.0  # a sum of six recalls, in percent
 
 
@@ -76,7 +75,7 @@ def test(row: dict, settings: dict) -> dict:
 def section(path: str) -> dict:
     """All that the page shows of a file of curves, by the names that its text uses."""
     found = read(path)
-    shown = found["curves"][:MOST]
+    shown = found["curves"][:SERIES]
     lines, thin = [], []
     for number, one in enumerate(shown):
         band = None if one["interval"] is None else tuple(np.clip(one["interval"] / SUM, 0, 100))
