@@ -15,9 +15,8 @@ the epochs. The best epoch on dev is tested. The script writes table.md (means o
 standard deviation of the sample, 95 % intervals, paired tests; needs scipy), table.csv (one row per
 run), and the curves of dev over the epochs (scripts/compare_curves.py) to --out. If it is stopped,
 the same command continues after the last whole epoch; with other flags or other captions, earlier
-runs move to earlier_1. If there is no test split, dev
-becomes the test split, the last tenth of the training images (at most 200) becomes dev, and the
-vocabulary is built from the new train and dev.
+runs move to earlier_1. If there is no test split, dev becomes the test split, the last tenth of the
+training images (at most 200) becomes dev, and the vocabulary is built from the new train and dev.
 """
 
 import argparse
@@ -304,22 +303,20 @@ def collect(jobs: list[tuple], opt: argparse.Namespace) -> None:
 
     Of several processes' runs, those that have failed are left out.
     """
-    results, ranks, logs = [], [], {}
+    results, ranks, logs, page = [], [], {}, ""
     alone = opt.processes == 1
+    last = jobs[-1][:2]
     for setting, seed, *rest in jobs:
         folder = folder_of(setting, seed, opt)
-        if not alone and not all(path.is_file() for path in results_of(folder, opt)):
-            continue
-        result, found = one_run(setting, seed, *rest)
-        results.append(result)
-        ranks.append(found)
-        logs[setting.folder, seed] = read_log(folder)
-        if alone:
+        if alone or all(path.is_file() for path in results_of(folder, opt)):
+            result, found = one_run(setting, seed, *rest)
+            results.append(result)
+            ranks.append(found)
+            logs[setting.folder, seed] = read_log(folder)
+        if results and (alone or (setting, seed) == last):
             write(results, ranks, opt, [*PROTOCOL.split(), *opt.flags])
-            compare_curves.write(opt, opt.settings, logs, results)
+            page = compare_curves.write(opt, opt.settings, logs, results)
     if results:
-        write(results, ranks, opt, [*PROTOCOL.split(), *opt.flags])
-        page = compare_curves.write(opt, opt.settings, logs, results)
         print((Path(opt.out) / "table.md").read_text())
         print(page)
 

@@ -72,7 +72,7 @@ def curves_of(settings: list[Setting], logs: dict[tuple[str, int], list[dict]]) 
             length = min(map(len, runs))
             found[setting.folder] = {
                 "title": setting.title,
-                "flags": f"{setting.flags} {setting.varied}".strip(),
+                "flags": setting.all_flags,
                 "seeds": seeds,
                 "rsum": np.array([run[:length] for run in runs]),  # (S, E)
             }

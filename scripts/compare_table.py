@@ -36,6 +36,10 @@ class Setting(NamedTuple):
     flags: str  # of the system's row
     varied: str = ""  # flags of --vary: they come last
 
+    @property
+    def all_flags(self) -> str:
+        return f"{self.flags} {self.varied}".strip()
+
 
 def settings_of(names: list[str], varied: list[str] | None) -> list[Setting]:
     """A setting for each system; or for each of `varied`, flags of the one system there is."""
@@ -212,7 +216,7 @@ def table(
         runs = [result for result in results if result["setting"] == setting.folder]
         lines.append(row(setting, runs, joined(list(runs_of[setting.folder].values()))))
     lines += ["", *NOTES.format(split=opt.split).splitlines(), *tests(settings, runs_of), ""]
-    own = [f"{x.title}: `{f'{x.flags} {x.varied}'.strip()}`" for x in settings]
+    own = [f"{x.title}: `{x.all_flags}`" for x in settings]
     return "\n".join([*lines, *(f"- {line}" for line in own), ""])
 
 
