@@ -118,11 +118,7 @@ def barrier() -> None:
 
 def any_of(flag: bool) -> bool:
     """Whether the flag is set on any process, so that all processes act at the same point."""
-    if world_size() == 1:
-        return flag
-    flags = torch.tensor([int(flag)])
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return bool(flags)
+    return bool(all_reduce_max(torch.tensor([int(flag)])))
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
