@@ -61,6 +61,16 @@ def bash(home, script, *args, **env):
     )
 
 
+def calls_of(home: Path, script: str, *args: str, folder: Path) -> list[list[str]]:
+    """What a script calls, by a Python that only writes it down in `folder`."""
+    python = folder / "python"
+    python.write_text(f'#!/bin/bash\necho "$@" >> {folder}/calls\n')
+    python.chmod(0o755)
+    done = bash(home, script, *args, PYTHON=str(python), VOCAB_PATH="none")
+    assert done.returncode == 0, done.stderr
+    return [x.split() for x in (folder / "calls").read_text().splitlines()]
+
+
 def trained(runs: Path, row: str, name: str = "model_best"):
     """The options of a row's checkpoint."""
     return checkpoint.load(str(runs / row / f"{name}.pth.tar"))["opt"]
@@ -90,13 +100,7 @@ def test_there_is_a_script_for_each_row():
 
 @pytest.mark.parametrize("row", ROWS)
 def test_flags_of_the_rows(home, row, tmp_path):
-    """What each script calls, by a Python that only writes it down."""
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/calls\n')
-    python.chmod(0o755)
-    done = bash(home, row, "data", "--num_epochs", "3", PYTHON=str(python), VOCAB_PATH="none")
-    assert done.returncode == 0, done.stderr
-    calls = [x.split() for x in (tmp_path / "calls").read_text().splitlines()]
+    calls = calls_of(home, row, "data", "--num_epochs", "3", folder=tmp_path)
     vocabulary, training, evaluation = calls
     assert [Path(call[0]).stem for call in calls] == ["vocab", "train", "evaluation"]
     opt = options.parse(training[1:])
@@ -111,13 +115,8 @@ def test_flags_of_the_rows(home, row, tmp_path):
 
 @pytest.mark.parametrize("row", [*OTHERS, *PFAN])
 def test_flags_of_the_other_rows(home, row, tmp_path):
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/calls\n')
-    python.chmod(0o755)
     more = ["--wemb_path", "glove.txt"] if row.endswith("bigru") else []
-    done = bash(home, row, "data", *more, PYTHON=str(python), VOCAB_PATH="none")
-    assert done.returncode == 0, done.stderr
-    calls = [x.split() for x in (tmp_path / "calls").read_text().splitlines()]
+    calls = calls_of(home, row, "data", *more, folder=tmp_path)
     (opt,) = (options.parse(call[1:]) for call in calls if call[0].endswith("train.py"))
     system, data, kind = row.split("_")[0], row.split("_")[1], row.split("_")[-1]
     assert opt.model == ("pfan_whole" if data == "tencent" else system)
