@@ -317,6 +317,10 @@ def test_what_is_wrong_is_said(tiny, capsys):
         with pytest.raises(SystemExit):
             compare.main([*ARGS, "--num_epochs", "1", "--", flag, "3"])
         assert f"{flag}: this script sets that itself" in capsys.readouterr().err
+        varied = f"--margin 0.1 {flag}"  # also among the flags of a setting
+        with pytest.raises(SystemExit):
+            compare.main([*ARGS, "--num_epochs", "1", "--systems", "scan", "--vary", "", varied])
+        assert f"{flag}: this script sets that itself" in capsys.readouterr().err
 
 
 def test_another_split_is_tested_without_training_again(tiny):
