@@ -81,7 +81,7 @@ def gradients_of_an_epoch(flags: list[str], out: str) -> None:
         rank, world = distributed.rank(), distributed.world_size()
         vocab = systems.of(opt).vocabulary(deserialize_vocab("vocab/tiny_precomp_vocab.json"), opt)
         dataset = systems.open_split("data/tiny_precomp", "train", vocab, opt)
-        dataset.drop = Drop(0.2, 0, vocab) if opt.drop else None
+        dataset.drop = Drop(opt.obj_drop_rate, 0, vocab) if opt.drop else None
         torch.manual_seed(0)
         model = ckpt.build_model(opt, len(vocab))
         model.grad_checkpointing = opt.grad_checkpointing
@@ -155,7 +155,8 @@ CHAN_INFO_NCE = {"model": "chan", "criterion": "InfoNCELoss", "precomp_enc_type"
                 GSMN | {"is_sparse": True, "vse_mean_warmup_epochs": 0},
                 GSMN | {"is_sparse": True, "neighbours": True},
                 {"model": "chan", "max_violation": None, "vse_mean_warmup_epochs": 0},
-                CHAN_INFO_NCE | {"drop": True},
+                # So that the widest images of two processes differ.
+                CHAN_INFO_NCE | {"drop": True, "obj_drop_rate": 0.8},
                 {"model": "pfan", "vse_mean_warmup_epochs": 0},
                 {"cross_attn": "i2t", "drop": True, "vse_mean_warmup_epochs": 0},
                 {"model": "pfan_whole", "cross_attn": "i2t", "vse_mean_warmup_epochs": 0},
