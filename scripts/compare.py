@@ -20,6 +20,7 @@ training images (at most 200) becomes dev, and the vocabulary is built from the 
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -142,7 +143,7 @@ def one_run(
     known = folder / "asked.json"
     if not known.is_file() or json.loads(known.read_text()) != asked:
         if known.is_file():
-            ckpt.prepare(opt.out, ("table.*",))
+            ckpt.prepare(opt.out, ("table.*", "curves.*"))
         old = "*.pth.tar", "*.json*", "*.npz", "*.log", "events.out.tfevents.*"
         ckpt.prepare(str(folder), old)
         known.write_text(json.dumps(asked))
@@ -151,7 +152,8 @@ def one_run(
         if opt.processes == 1:
             print(f"{folder}: done before")
         return {"setting": setting.folder} | json.loads(done.read_text()), read_ranks(ranks)
-    print(f"{setting.title}, seed {seed}: {shlex.join(flags)}", flush=True)
+    name = f"{setting.title}, seed {seed}"
+    print(f"{name} ({folder}/train.log): {shlex.join(flags)}", flush=True)
     # A result without ranks, of an older version, is of a finished training.
     log = read_log(folder) if done.is_file() else fit(folder, flags, opt)
     best = str(folder / "model_best.pth.tar")
@@ -159,7 +161,11 @@ def one_run(
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
     del model
     start = time.perf_counter()
-    metrics, found = evaluate(best, opt)
+    with contextlib.ExitStack() as stack:
+        if opt.processes > 1:  # the lines of several runs would mix
+            out = stack.enter_context(open(folder / "test.log", "w"))
+            stack.enter_context(contextlib.redirect_stdout(out))
+        metrics, found = evaluate(best, opt)
     seconds = time.perf_counter() - start
     result = {"setting": setting.folder, "system": setting.system, "seed": seed, "epochs": len(log)}
     result["best_epoch"] = max(log, key=lambda epoch: epoch["rsum"])["epoch"] + 1
@@ -171,6 +177,8 @@ def one_run(
     with replacing(done) as part:
         Path(part).write_text(json.dumps(result))
     save_ranks(ranks, found)
+    took = f"{result['epochs']} epochs took {result['train_minutes']:.1f} minutes"
+    print(f"{name}: summed recalls {result['rsum']:.1f} on {opt.split}; {took}", flush=True)
     return result, found
 
 
@@ -178,7 +186,14 @@ def run_alone(*job) -> None:
     """one_run in a process of its own, with one thread; it exits with 1 if it cannot end."""
     os.environ["OMP_NUM_THREADS"] = "1"  # of train.py too
     torch.set_num_threads(1)
-    run(lambda: one_run(*job))
+
+    def quietly() -> None:
+        try:
+            one_run(*job)
+        except KeyboardInterrupt:  # the first process says so
+            sys.exit(1)
+
+    run(quietly)
 
 
 def run_together(jobs: list[tuple], processes: int) -> int:
@@ -244,7 +259,8 @@ def build_parser() -> Parser:
         "--vary",
         action="append",
         metavar="FLAGS",
-        help="settings of the one system of --systems, each a text of flags of train.py",
+        help="settings of the one system of --systems, each a text in quotes with flags of "
+        'train.py: --vary "" "--margin 0.1"',
     )
     parser.add_argument("--processes", type=COUNT, help="runs at a time; default: one per core")
     parser.add_argument("--split", default="test", help="the split to test on")
@@ -259,6 +275,8 @@ def each_varied(argv: list[str], parser: Parser) -> list[str]:
         if text.partition("=")[0] in parser._option_string_actions:
             varied = text == "--vary"
             kept += [] if varied else [text]
+        elif varied and text and not text.startswith("-"):
+            parser.error(f'--vary: {text} is no flag; quote each setting: --vary "" "--margin 0.1"')
         else:
             kept.append(f"--vary={text}" if varied else text)
     return kept
@@ -292,8 +310,12 @@ def main(argv: list[str] | None = None) -> None:
     for setting, seed in runs:
         flags = [*data, "--device", opt.device, "--seed", str(seed), *flags_of[setting.folder]]
         jobs.append((setting, seed, flags, opt))
-    failed = run_together(jobs, opt.processes) if opt.processes > 1 else 0
-    collect(jobs, opt)
+    try:
+        failed = run_together(jobs, opt.processes) if opt.processes > 1 else 0
+        collect(jobs, opt)
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on, each run after its last whole epoch")
+        raise
     if failed:
         raise InputError(f"{failed} of {len(jobs)} runs failed, as the lines above say")
 
@@ -319,6 +341,7 @@ def collect(jobs: list[tuple], opt: argparse.Namespace) -> None:
     if results:
         print((Path(opt.out) / "table.md").read_text())
         print(page)
+        print(f"written to {opt.out}: table.md, table.csv, curves.*")
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ SIZE = (7.0, 4.2)  # of the picture, inches
 def mean_and_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """Means (E,) over the seeds of values (S, E), and their intervals (2, E); None: one seed.
 
-    The intervals are Student's: what other seeds would give, if the seeds spread as a normal
-    distribution.
+    The intervals are Student's: where the mean of ever more seeds would lie, if seeds spread as a
+    normal distribution.
     """
     from scipy.stats import t
 
@@ -79,49 +79,60 @@ def curves_of(settings: list[Setting], logs: dict[tuple[str, int], list[dict]]) 
     return found
 
 
-def comparisons(curves: dict, tested: dict[tuple[str, int], float]) -> list[dict]:
-    """Each pair of settings, after the last epoch that both have and on the test split.
+def comparisons(curves: dict, tested: dict[tuple[str, int], float], split: str) -> list[dict]:
+    """Each pair of settings: on dev after the last epoch that both have, and on the tested split.
 
-    `tested` holds the summed recalls of the test split by setting and seed.
+    `tested` holds the summed recalls of the tested split by setting and seed. Holm's correction is
+    for the pairs of settings; dev and the tested split are two views of one question.
     """
-    found = []
+    found: dict[str, list[dict]] = {"dev": [], "tested": []}
     for a, b in itertools.combinations(curves, 2):
         seeds = [seed for seed in curves[a]["seeds"] if seed in curves[b]["seeds"]]
         rows = [[curves[x]["seeds"].index(seed) for seed in seeds] for x in (a, b)]
         last = min(curves[x]["rsum"].shape[1] for x in (a, b)) - 1
         on_dev = [curves[x]["rsum"][row, last] for x, row in zip((a, b), rows, strict=True)]
         on_test = [np.array([tested[x, seed] for seed in seeds]) for x in (a, b)]
-        of = {f"dev, epoch {last}": on_dev, "the tested split": on_test}
-        for where, values in of.items():
+        for kind, where, values in (
+            ("dev", f"dev, after {epochs_of(last + 1)}", on_dev),
+            ("tested", f"{split}, best epoch on dev", on_test),
+        ):
             test = compare_seeds(*values)
             if test:
-                found.append({"a": a, "b": b, "where": where, "seeds": seeds} | test)
-    for row, p in zip(found, holm([row["p"] for row in found]) if found else [], strict=True):
-        row["p_holm"] = p
-    return found
+                found[kind].append({"a": a, "b": b, "where": where, "seeds": seeds} | test)
+    for rows in found.values():
+        for row, p in zip(rows, holm([row["p"] for row in rows]) if rows else [], strict=True):
+            row["p_holm"] = p
+    return [row for pair in zip(*found.values(), strict=True) for row in pair]
+
+
+def epochs_of(count: int) -> str:
+    return f"{count} epoch{'s' * (count > 1)}"
 
 
 def page(curves: dict, tests: list[dict]) -> str:
     """The curves and the comparisons in Markdown."""
     names, count = list(curves), max(x["rsum"].shape[1] for x in curves.values())
     lines = [
-        "Summed recalls on dev after each epoch: the mean over the seeds, its 95 % interval "
-        "(what other seeds would give), and in parentheses each seed.",
+        "Summed recalls on dev after each epoch: the mean over the seeds, the 95 % interval of "
+        "this mean, and in parentheses each seed. (If the tested split has more images, its "
+        "recalls are lower.)",
         "",
-        f"| epoch | {' | '.join(curves[name]['title'] for name in names)} |",
+        f"| epochs | {' | '.join(curves[name]['title'] for name in names)} |",
         f"|---|{'---|' * len(names)}",
     ]
     for epoch in range(count):
         cells = [cell(curves[name]["rsum"], epoch) for name in names]
-        lines.append(f"| {epoch} | {' | '.join(cells)} |")
+        lines.append(f"| {epoch + 1} | {' | '.join(cells)} |")
     if tests:
+        pairs = len(tests) // 2  # each on dev and on the tested split
+        corrected = f", after Holm's correction for {pairs} pairs" if pairs > 1 else ""
         lines += [
             "",
-            "Paired by seed: the second setting minus the first; p of the t-test, after Holm's "
-            f"correction for these {len(tests)} tests; and the smallest true difference that so "
-            "many seeds would find in 4 of 5 cases.",
+            "Paired by seed: the second setting minus the first, with its 95 % interval; p of the "
+            f"t-test{corrected}; and the true difference that so many seeds would find in 4 of 5 "
+            "cases: if a test finds nothing, a smaller one may well be there.",
             "",
-            "| | of | difference | p | smallest |",
+            "| | of | difference | p | found in 4 of 5 |",
             "|---|---|---|---|---|",
         ]
     for row in tests:
@@ -158,7 +169,7 @@ def draw(curves: dict, path: Path, title: str) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for number, curve in enumerate(curves.values()):
-        colour, epochs = f"C{number}", np.arange(curve["rsum"].shape[1])
+        colour, epochs = f"C{number}", np.arange(1, curve["rsum"].shape[1] + 1)
         mean, interval = mean_and_interval(curve["rsum"])
         for run in curve["rsum"]:
             axes.plot(epochs, run, color=colour, linewidth=0.7, alpha=0.5)
@@ -166,7 +177,7 @@ def draw(curves: dict, path: Path, title: str) -> None:
         axes.plot(epochs, mean, color=colour, linewidth=2, marker="o", markersize=3, label=label)
         if interval is not None:
             axes.fill_between(epochs, *interval, color=colour, alpha=0.15, linewidth=0)
-    axes.set_xlabel("epoch")
+    axes.set_xlabel("epochs")
     axes.set_ylabel("summed recalls on dev")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(title, fontsize="medium")
@@ -185,7 +196,7 @@ def write(
     """Write curves.md, curves.json and curves.png of the finished runs; returns the page."""
     curves = curves_of(settings, logs)
     tested = {(result["setting"], result["seed"]): result["rsum"] for result in results}
-    tests, out = comparisons(curves, tested), Path(opt.out)
+    tests, out = comparisons(curves, tested, opt.split), Path(opt.out)
     text = page(curves, tests)
     with replacing(out / "curves.md") as part:
         Path(part).write_text(text)
@@ -198,5 +209,7 @@ def write(
     record = {"data": opt.data_name, "split": opt.split, "settings": stored, "tests": tests}
     with replacing(out / "curves.json") as part:
         Path(part).write_text(json.dumps(record, indent=1))
-    draw(curves, out / "curves.png", f"{opt.data_name}: each seed, mean and 95 % interval")
+    draw(
+        curves, out / "curves.png", f"{opt.data_name}: each seed, their mean, and its 95 % interval"
+    )
     return text

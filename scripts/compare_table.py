@@ -119,8 +119,8 @@ def head(opt: argparse.Namespace, flags: list[str]) -> list[str]:
     time_given = f"{opt.minutes:g} minutes" if opt.minutes else f"{opt.num_epochs} epochs"
     return [
         f"{opt.data_name}, {opt.split} split; {time_given} each; seeds "
-        f"{', '.join(map(str, opt.seeds))}; {device}, {threads} threads, torch "
-        f"{where['torch']}.",
+        f"{', '.join(map(str, opt.seeds))}; {device}, {threads} thread"
+        f"{'s' * (threads > 1)}, torch {where['torch']}.",
         "",
         f"All: `{last_of_each(flags)}`",
         "",
@@ -196,7 +196,7 @@ def tests(settings: list[Setting], runs_of: dict[str, dict[int, Ranks]]) -> list
 NOTES = """The brackets hold 95 % intervals: the bootstrap draws the images of the {split} split,
 each with its captions and its results in all seeds. They say how sure these models' figures are,
 given that other images could have been tested; the tests say the same of differences. Neither says
-what other seeds would give: that is the standard deviation (sd) over seeds, and curves.md."""
+how other seeds would do: curves.md does, and the standard deviation (sd) over the seeds."""
 
 
 def table(
@@ -230,4 +230,6 @@ def write(
     with replacing(numbers) as part, open(part, "w", newline="") as file:
         writer = csv.DictWriter(file, list(results[0]))
         writer.writeheader()
-        writer.writerows(results)
+        for result in results:
+            cells = ((k, round(x, 6) if isinstance(x, float) else x) for k, x in result.items())
+            writer.writerow(dict(cells))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from intervals import holm
 from scripts import compare, compare_curves
 from scripts.compare_curves import compare_seeds, mean_and_interval
 from tests.test_compare import ARGS, TINY
@@ -50,6 +51,26 @@ def test_what_cannot_be_varied(tiny, more, message):
         compare.main([*ARGS, "--num_epochs", "1", *more])
 
 
+def test_a_setting_without_quotes(tiny, capsys):
+    with pytest.raises(SystemExit):
+        compare.main([*ARGS, "--num_epochs", "1", "--systems", "scan", "--vary", "--margin", "0.1"])
+    assert "0.1 is no flag; quote each setting" in capsys.readouterr().err
+
+
+def test_each_view_is_corrected_for_the_pairs_of_settings():
+    pytest.importorskip("scipy")
+    rng = np.random.default_rng(1)
+    seeds = list(range(5))
+    curves = {x: {"seeds": seeds, "rsum": rng.normal(k, 1, (5, 2))} for k, x in enumerate("abc")}
+    tested = {(x, seed): rng.normal() for x in "abc" for seed in seeds}
+    rows = compare_curves.comparisons(curves, tested, "test")
+    assert [row["where"] for row in rows] == ["dev, after 2 epochs", "test, best epoch on dev"] * 3
+    for view in (rows[::2], rows[1::2]):
+        assert [row["p_holm"] for row in view] == holm([row["p"] for row in view])
+    two = compare_curves.comparisons({x: curves[x] for x in "ab"}, tested, "test")
+    assert all(row["p_holm"] == row["p"] for row in two)
+
+
 def test_intervals_and_tests_are_those_of_scipy():
     stats = pytest.importorskip("scipy.stats")
     rng = np.random.default_rng(0)
@@ -82,4 +103,4 @@ def test_curves_end_where_the_shortest_run_does():
     logs = {("a", 0): [{"rsum": 1.0}] * 3, ("a", 1): [{"rsum": 2.0}] * 2}
     curves = compare_curves.curves_of(settings, logs)
     assert list(curves) == ["a"] and curves["a"]["rsum"].tolist() == [[1, 1], [2, 2]]
-    assert "| 1 | 1.5 [-4.9, 7.9] (1.0, 2.0) |" in compare_curves.page(curves, [])
+    assert "| 2 | 1.5 [-4.9, 7.9] (1.0, 2.0) |" in compare_curves.page(curves, [])
