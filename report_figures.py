@@ -15,10 +15,11 @@ WIDTH, HEIGHT = 460, 280  # of the drawing's own units; on a page it is as wide 
 LEFT, RIGHT, TOP, BOTTOM = 32, 14, 10, 48  # margins
 SERIES = 6  # colours of lines
 TICKS = (1, 2, 5, 10, 20, 50, 100)
+PERCENTS = (0, 20, 40, 60, 80, 100)
 
 
 class Line(NamedTuple):
-    """A line of a chart: a value in percent for K = 1, 2, ..., or for epochs 0, 1, ..."""
+    """A line of a chart: a value in percent for K = 1, 2, ..., or a sum for epochs 1, 2, ..."""
 
     name: str
     values: np.ndarray  # (K,)
@@ -33,9 +34,19 @@ class Bar(NamedTuple):
     hint: str = ""  # a text that a pointer shows
 
 
-def height_of(value: float) -> float:
-    """Where a value in percent lies, from the top."""
-    return TOP + (HEIGHT - TOP - BOTTOM) * (1 - value / 100)
+def height_of(value: float, ticks: Sequence[float] = PERCENTS) -> float:
+    """Where a value lies, from the top, on an axis from the first of its ticks to the last."""
+    low, high = ticks[0], ticks[-1]
+    return TOP + (HEIGHT - TOP - BOTTOM) * (high - min(max(value, low), high)) / (high - low)
+
+
+def ticks_around(low: float, high: float) -> list[float]:
+    """Round numbers, four to seven, from below `low` to above `high`."""
+    room = max(high - low, 1e-9)
+    size = 10 ** math.floor(math.log10(room))
+    step = next(x for x in (0.2 * size, 0.5 * size, size, 2 * size) if room / x <= 5)
+    first = math.floor(low / step)
+    return [k * step for k in range(first, max(math.ceil(high / step), first + 1) + 1)]
 
 
 def text(x: float, y: float, content: object, anchor: str = "middle", kind: str = "") -> str:
@@ -43,13 +54,13 @@ def text(x: float, y: float, content: object, anchor: str = "middle", kind: str 
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{kind}>{content}</text>'
 
 
-def frame(x_title: str) -> list[str]:
-    """The grid, the axis of percents, and the title of the other axis."""
+def frame(x_title: str, ticks: Sequence[float] = PERCENTS) -> list[str]:
+    """The grid, the upright axis with its ticks, and the title of the other axis."""
     parts = []
-    for value in range(0, 101, 20):
-        y = height_of(value)
+    for value in ticks:
+        y = height_of(value, ticks)
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(text(LEFT - 6, y + 4, f"{value}", "end"))
+        parts.append(text(LEFT - 6, y + 4, f"{value:g}", "end"))
     middle = (LEFT + WIDTH - RIGHT) / 2
     return [*parts, text(middle, HEIGHT - 4, x_title, kind="title")]
 
@@ -83,16 +94,23 @@ def curves(lines: Sequence[Line], x_title: str, description: str) -> str:
 def over_epochs(
     lines: Sequence[Line], thin: Sequence[tuple[int, np.ndarray]], description: str
 ) -> str:
-    """Lines over epochs 0, 1, ..., and thin ones, each with the number of its line's colour."""
-    last = max(len(line.values) for line in lines) - 1
+    """Lines over epochs 1, 2, ..., and thin ones, each with the number of its line's colour.
+
+    The upright axis is as long as the thin lines need: bands may end at its ends.
+    """
+    last = max(len(line.values) for line in lines)
+    values = np.concatenate([values for _, values in thin])
+    ticks = ticks_around(values.min(), values.max())
+
+    def x_of(epoch: int) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * (epoch - 1) / max(last - 1, 1)
 
     def points(values: np.ndarray) -> list[tuple[float, float]]:
-        wide = (WIDTH - LEFT - RIGHT) / max(last, 1)
-        return [(LEFT + wide * epoch, height_of(value)) for epoch, value in enumerate(values)]
+        return [(x_of(epoch), height_of(value, ticks)) for epoch, value in enumerate(values, 1)]
 
-    parts, step = frame("epoch"), max(1, math.ceil(last / 10))
-    for epoch in range(0, last + 1, step):
-        parts += tick(points(np.zeros(epoch + 1))[-1][0], epoch)
+    parts = frame("epochs", ticks)
+    for epoch in range(1, last + 1, max(1, math.ceil(last / 10))):
+        parts += tick(x_of(epoch), epoch)
     for number, values in thin:
         parts.append(f'<path class="seed s{number}" d="{path_of(points(values))}"/>')
     parts += drawn(lines, points)

@@ -12,7 +12,7 @@ from report_figures import SERIES, Line, over_epochs
 from util.cli import InputError, printable
 from util.json_file import fault_of, read_object
 
-SUM = 6.0  # a sum of six recalls, in percent
+MOST = 600.0  # a sum of six recalls, in percent
 
 
 def read(path: str) -> dict:
@@ -51,7 +51,7 @@ def numbers(values, *shape: int | None) -> np.ndarray:
 def curve(setting: dict) -> dict:
     """Of one setting: title, seeds, summed recalls (S, E), mean (E,), interval (2, E) or None."""
     rsum = numbers(setting["rsum"], None, None)  # (S, E)
-    if rsum.min() < 0 or rsum.max() > 100 * SUM:
+    if rsum.min() < 0 or rsum.max() > MOST:
         raise ValueError("a sum of six recalls that is not of 0 to 600")
     interval = setting["interval"]
     if interval is not None:
@@ -78,14 +78,14 @@ def section(path: str) -> dict:
     shown = found["curves"][:SERIES]
     lines, thin = [], []
     for number, one in enumerate(shown):
-        band = None if one["interval"] is None else tuple(np.clip(one["interval"] / SUM, 0, 100))
-        lines.append(Line(one["title"], one["mean"] / SUM, band))
-        thin += [(number, run / SUM) for run in one["rsum"]]
+        band = None if one["interval"] is None else tuple(one["interval"])
+        lines.append(Line(one["title"], one["mean"], band))
+        thin += [(number, run) for run in one["rsum"]]
     said = "; ".join(f"{one['title']} ends at {one['mean'][-1]:.1f}" for one in shown)
     return {
         "data": found["data"],
         "names": [one["title"] for one in shown],
-        "svg": over_epochs(lines, thin, f"Mean of the six recalls on dev by epoch; sums: {said}"),
+        "svg": over_epochs(lines, thin, f"Summed recalls on dev by epoch: {said}"),
         "rows": [
             [cell(one, epoch) for one in shown]
             for epoch in range(max(len(x["mean"]) for x in shown))

@@ -267,12 +267,12 @@ def test_curves_over_seeds_stand_in_a_section_of_their_own(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     path = make_curves(tmp_path)
     page = page_of(make(), seeds=str(path))
-    assert page.table("Epoch") == [
+    assert page.table("Epochs") == [
         [f"{k}", f"{mean}.0 [{low}.0, {high}.0] ({a}, {b})", f"{mean}.0 ({a}, {b})"]
         for k, mean, low, high, a, b in (
-            (0, 105, 90, 120, "100.0", "110.0"),
-            (1, 195, 180, 210, "200.5", "190.0"),
-            (2, 305, 290, 320, "300.0", "310.0"),
+            (1, 105, 90, 120, "100.0", "110.0"),
+            (2, 195, 180, 210, "200.5", "190.0"),
+            (3, 305, 290, 320, "300.0", "310.0"),
         )
     ]
     pair = "SCAN --margin 0.1, SCAN --margin 0.1"
