@@ -5,11 +5,8 @@ docs/training.md explains each line. Shapes: N images, M captions.
 
 import argparse
 import contextlib
-import itertools
-import math
 import os
 import time
-from typing import NamedTuple
 
 import numpy as np
 from torch import nn
@@ -21,6 +18,15 @@ from data import PrecompDataset
 from losses import ContrastiveLoss, InfoNCELoss
 from metrics import METRICS
 from run_state import RunState
+from run_warnings import (
+    at_chance,
+    at_twice_the_margin,
+    fell_back,
+    find_shift,
+    out_of_step,
+    what_to_change,
+    worse_than,
+)
 from scoring import rank_by
 from util import distributed
 from util.cli import InputError, say
@@ -41,7 +47,6 @@ from vocab import Vocabulary
 
 PICTURES = 4  # dev pairs that --log_images draws
 SOME_STEPS = 100  # with fewer steps, a run is judged at its end only
-SHIFTS = 10  # captions and images are tried out of step by up to as many
 
 
 class RunLog:
@@ -135,7 +140,15 @@ class RunLog:
                 f"--vse_mean_warmup_epochs {warmup + 1}, or a lower --learning_rate; if that does "
                 "not help, see whether the captions of train stand beside their images",
             )
-        elif "plateau" not in self.said and at_chance(metrics, n, m):
+        elif fell_back(metrics["rsum"], self.state.best_rsum, n):
+            which = "" if self.best_epoch is None else f" (epoch {self.best_epoch})"
+            change = what_to_change(self.criterion, only_hardest(self.criterion, epoch))
+            self.warn(
+                "back",
+                f"the sum of the six recalls fell from {self.state.best_rsum:.1f}{which} to "
+                f"{metrics['rsum']:.1f} after epoch {epoch}: {change}",
+            )
+        elif not {"plateau", "back"} & self.said and at_chance(metrics, n, m):
             self.warn(
                 "chance",
                 f"R@1 on dev is at chance after {self.state.Eiters:,} steps "
@@ -241,110 +254,6 @@ def table(metrics: dict, head: str, shape: tuple[int, int] | None) -> str:
         chances = (100 * min(k / shape[0], 1) for k in (1, 5, 10))
         lines.append(f"  {'by chance':<14}" + "".join(f"{x:>7.1f}" for x in chances))
     return "\n".join(lines)
-
-
-# What may be wrong
-
-
-def at_twice_the_margin(criterion: nn.Module, losses: list[tuple[float, int]]) -> bool:
-    """Whether the (loss, pairs) of an epoch's steps all lie near twice the margin.
-
-    If all scores are alike, each pair pays the margin of its hardest negative in both directions.
-    A run that learns may be there for an epoch too: only its recalls tell the two apart.
-    """
-    level = 2 * criterion.margin
-    near = sum(size for loss, size in losses if abs(loss / size - level) <= 0.03 * level)
-    return level > 0 and near >= 0.9 * sum(size for _, size in losses)
-
-
-def worse_than(place: float, metrics: dict, n: int) -> bool:
-    """Whether captions rank their image behind `place` of the n images, on average, beyond doubt.
-
-    0.5 is chance. The doubt is two standard deviations of random ranks of n images.
-    """
-    mean = (metrics["t2i"]["meanr"] - 1) / max(n - 1, 1)
-    return mean - 2 * math.sqrt(1 / 12 / n) > place
-
-
-def at_chance(metrics: dict, n: int, m: int) -> bool:
-    """Whether recalls among n images and m captions are those of random scores, beyond doubt.
-
-    R@1 must be within four standard deviations of chance in both directions, where the captions of
-    an image may all rise or fall together. And the mean rank of the images must be clearly worse
-    than that of a model that has begun to learn; on a few images this cannot be told, so there is
-    no warning.
-    """
-    if n < 2:
-        return False
-    k = m / n
-    for way, queries, together in (("i2t", n, 1), ("t2i", m, k)):
-        expected = queries / n
-        hits = metrics[way]["r1"] * queries / 100
-        if hits > expected + 4 * math.sqrt(together * expected):
-            return False
-    return worse_than(0.35, metrics, n)
-
-
-class Shift(NamedTuple):
-    """Captions belong to the images of captions `by` lines before them, or to images `by` on."""
-
-    by: int
-    unit: str  # captions or images
-    captions: int  # those whose image it changes
-    found: float  # percent of these that find the shifted image first
-    as_paired: float  # percent of these that find their own image first
-
-
-def find_shift(scores: np.ndarray, image_of: np.ndarray) -> Shift | None:
-    """Whether captions fit images better if all are shifted by a constant number; None: no.
-
-    scores (N, M), image_of (M,). For each shift, the captions whose image it changes are looked at:
-    how many find their image as they are paired, how many the shifted one? A model that confuses
-    neighbours, such as two photos of one scene, finds both as often. So more must find the shifted
-    one than twice as many as the own one, and of many images.
-    """
-    n, m = scores.shape
-    first, rows = scores.argmax(0), np.arange(m)  # (M,) what each caption finds
-    found: dict[str, list[tuple[float, bool, Shift]]] = {"images": [], "captions": []}
-    shifts = [by for by in range(-SHIFTS, SHIFTS + 1) if by]
-    for by, unit in itertools.product(shifts, found):
-        if unit == "images":
-            other = image_of + by  # (M,)
-            there = (other >= 0) & (other < n)
-        else:
-            other = image_of[(rows - by).clip(0, m - 1)]  # (M,)
-            there = (rows - by >= 0) & (rows - by < m)
-        there &= other != image_of
-        shifted, own = (first == other) & there, (first == image_of) & there
-        by_image = np.bincount(image_of, shifted.astype(float) - own, n)  # (N,)
-        gain, spread = by_image.sum(), math.sqrt((by_image**2).sum())
-        enough = there.sum() * max(0.05, 5 / n) + 2 * own.sum()
-        certain = gain > 0 and gain >= 3 * spread and shifted.sum() >= enough
-        changed = int(there.sum())
-        percents = (100 * x.sum() / max(changed, 1) for x in (shifted, own))
-        found[unit].append((gain, certain, Shift(by, unit, changed, *percents)))
-    images, captions = (max(x, key=lambda x: x[0]) for x in found.values())
-    # Five captions may be one image, and then four or six are nearly that.
-    near = images[0] + 2 * math.sqrt(max(captions[0], 0)) >= captions[0]
-    _, certain, shift = images if near else captions
-    return shift if certain else None
-
-
-def out_of_step(dev_set: PrecompDataset, shift: Shift) -> str:
-    """What to say of a shift."""
-    by, unit = shift.by, shift.unit
-    if unit == "images":
-        fits = f"the captions of image n fit image n {'+' if by > 0 else '-'} {abs(by)}"
-    else:
-        where = "before" if by > 0 else "after"
-        fits = f"each caption fits the image of the line {abs(by)} {where} it"
-    return (
-        f"{dev_set.caption_path} and {dev_set.path} are out of step by {abs(by)} "
-        f"{unit if abs(by) > 1 else unit[:-1]}: {fits} (of the {shift.captions:,} captions whose "
-        f"image this changes, {shift.found:.1f} % find the new one first, {shift.as_paired:.1f} % "
-        "their own); look for an extra or a missing line in the one or row in the other, in train "
-        "too"
-    )
 
 
 # Pictures
