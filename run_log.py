@@ -142,11 +142,12 @@ class RunLog:
             )
         elif fell_back(metrics["rsum"], self.state.best_rsum, n):
             which = "" if self.best_epoch is None else f" (epoch {self.best_epoch})"
-            change = what_to_change(self.criterion, only_hardest(self.criterion, epoch))
+            cause = " with hardest negatives" if only_hardest(self.criterion, epoch) else ""
             self.warn(
                 "back",
                 f"the sum of the six recalls fell from {self.state.best_rsum:.1f}{which} to "
-                f"{metrics['rsum']:.1f} after epoch {epoch}: {change}",
+                f"{metrics['rsum']:.1f} after epoch {epoch}{cause}; if the next epoch does not win "
+                f"it back, start again with {what_to_change(self.criterion, 'a lower')}",
             )
         elif not {"plateau", "back"} & self.said and at_chance(metrics, n, m):
             self.warn(
@@ -154,7 +155,7 @@ class RunLog:
                 f"R@1 on dev is at chance after {self.state.Eiters:,} steps "
                 f"({metrics['i2t']['r1']:.1f} and {metrics['t2i']['r1']:.1f} %, chance "
                 f"{100 / n:.2g} %): see whether the captions of train stand beside their images, "
-                "then try another --learning_rate or --vse_mean_warmup_epochs 1",
+                f"then try {what_to_change(self.criterion, 'another')}",
             )
 
     def _beside_the_best(self, rsum: float, at_end: bool) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 
 from data import PrecompDataset
+from losses import ContrastiveLoss
 
 SHIFTS = 10  # captions and images are tried out of step by up to as many
 
@@ -46,15 +47,17 @@ def fell_back(rsum: float, best: float, n: int) -> bool:
     return lost and rsum - chance < 0.6 * (best - chance)
 
 
-def what_to_change(criterion: nn.Module, hardest: bool) -> str:
-    """The cure for a model that fell back, with hardest negatives or another loss."""
-    if not hardest:
-        return "if it does not recover, start again with a lower --learning_rate"
-    return (
-        "hardest negatives threw the model back; if the next epoch does not win it back, start "
-        f"again with --vse_mean_warmup_epochs {criterion.warmup_epochs + 1}, or a lower "
-        "--learning_rate"
-    )
+def what_to_change(criterion: nn.Module, rate: str) -> str:
+    """The settings that decide whether a run learns; docs/troubleshooting.md has a table.
+
+    `rate` says which other --learning_rate.
+    """
+    cures = [f"{rate} --learning_rate"]
+    if isinstance(criterion, ContrastiveLoss):
+        cures.insert(0, "a larger --margin")
+        if criterion.max_violation:
+            cures.insert(0, f"--vse_mean_warmup_epochs {criterion.warmup_epochs + 1}")
+    return ", ".join(cures[:-1]) + f" or {cures[-1]}" if len(cures) > 1 else cures[0]
 
 
 def at_chance(metrics: dict, n: int, m: int) -> bool:

@@ -146,8 +146,8 @@ def test_a_model_that_falls_back_is_said_once(larger, capsys, monkeypatch, max_v
     monkeypatch.setattr(train, "start_epoch", forget)
     (line,) = warnings(capsys, **flags)
     best = max(x["rsum"] for x in read_log("run"))
-    assert BACK in line and f"fell from {best:.1f} (epoch " in line and "after epoch 12: " in line
-    assert "a lower --learning_rate" in line
+    assert BACK in line and f"fell from {best:.1f} (epoch " in line and " after epoch 12" in line
+    assert "a larger --margin or a lower --learning_rate" in line
     for text in ("hardest negatives", "--vse_mean_warmup_epochs 2"):
         assert (text in line) == bool(max_violation)
 
