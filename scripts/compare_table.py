@@ -230,6 +230,7 @@ def write(
     with replacing(numbers) as part, open(part, "w", newline="") as file:
         writer = csv.DictWriter(file, list(results[0]))
         writer.writeheader()
-        for result in results:
-            cells = ((k, round(x, 6) if isinstance(x, float) else x) for k, x in result.items())
-            writer.writerow(dict(cells))
+        writer.writerows(
+            {name: round(x, 6) if isinstance(x, float) else x for name, x in result.items()}
+            for result in results
+        )
