@@ -10,7 +10,7 @@ import run_log
 import run_warnings
 import train
 import vocab
-from losses import ContrastiveLoss
+from losses import ContrastiveLoss, InfoNCELoss
 from metrics import retrieval_metrics
 from tests.conftest import read_log, train_args, write_split
 
@@ -126,6 +126,15 @@ def test_two_fifths_beyond_doubt():
     assert not fell_back(6, 12, 1000)  # near chance, which is 3.2
     assert not fell_back(250, 420, 5) and not fell_back(100, 180, 20)  # few images
     assert fell_back(300, 530, 80)
+
+
+def test_the_cures_are_those_of_the_loss():
+    hardest = ContrastiveLoss(0.2, max_violation=True, warmup_epochs=2)
+    said = run_warnings.what_to_change(hardest, "a lower")
+    assert said == "--vse_mean_warmup_epochs 3, a larger --margin or a lower --learning_rate"
+    summed = run_warnings.what_to_change(ContrastiveLoss(0.2), "another")
+    assert summed == "a larger --margin or another --learning_rate"
+    assert run_warnings.what_to_change(InfoNCELoss(), "a lower") == "a lower --learning_rate"
 
 
 @pytest.mark.parametrize("max_violation", [True, None])
