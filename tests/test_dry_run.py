@@ -1,17 +1,14 @@
-"""Dry runs, TensorBoard, and pictures and trackers of a run."""
+"""A dry run reads all data, says how long the run takes, and writes nothing."""
 
 import os
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from tests.conftest import read_log, same_weights, train_args
-from util import tracker
+from tests.conftest import train_args
 from util.cli import InputError
 
 # A dry run
@@ -99,105 +96,3 @@ def test_a_dry_run_counts_what_is_left(tiny, capsys, monkeypatch, epochs, batch,
     train.main(train_args(**flags))
     validations = capsys.readouterr().out.count("rsum: ")
     assert f", {len(seen)} step" in left and f", {validations} validation" in left
-
-
-# TensorBoard, pictures and trackers
-
-
-def events(folder: str = "run") -> EventAccumulator:
-    log = EventAccumulator(folder)
-    log.Reload()
-    return log
-
-
-@pytest.mark.parametrize("clip", [0, 0.5])
-def test_the_gradient_norm_of_each_step(tiny, monkeypatch, clip):
-    """That before clipping, whether or not there is any; log_step does not divide the steps."""
-    norms, update = [], torch.optim.Adam.step
-
-    def step(self, *args, **more):
-        squares = [x.grad.double().square().sum() for g in self.param_groups for x in g["params"]]
-        norms.append(float(sum(squares).sqrt()))
-        return update(self, *args, **more)
-
-    monkeypatch.setattr(torch.optim.Adam, "step", step)
-    train.main(train_args(num_epochs=2, grad_clip=clip, log_step=3, val_step=4))
-    found = events().Scalars("grad_norm")
-    assert [event.step for event in found] == list(range(1, 15))
-    values = [event.value for event in found]
-    if clip:
-        assert norms == pytest.approx([min(value, clip) for value in values], rel=1e-4)
-    else:
-        assert norms == pytest.approx(values, rel=1e-4)
-
-
-def test_pictures_of_four_pairs_each_epoch(tiny):
-    pytest.importorskip("matplotlib")
-    train.main(train_args(num_epochs=2, log_images=True))
-    log = events()
-    tags = [f"attention/caption_{k}" for k in (0, 16, 32, 49)]
-    assert sorted(log.Tags()["images"]) == sorted(tags)
-    for tag in tags:
-        assert [image.step for image in log.Images(tag)] == [7, 14]
-    train.main(train_args(num_epochs=2, model_name="plain", logger_name="plain"))
-    assert same_weights("run/checkpoint_1.pth.tar", "plain/checkpoint_1.pth.tar")
-    for one, other in zip(read_log("run"), read_log("plain"), strict=True):
-        assert one["rsum"] == other["rsum"] and one["Le"] == other["Le"]
-
-
-def test_pictures_need_matplotlib_before_training(tiny, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(InputError, match="--log_images: .*pip install matplotlib"):
-        train.main(train_args(log_images=True))
-    assert not os.path.exists("run")
-
-
-def fake_tracker(monkeypatch, fails_at: int | None = None) -> list:
-    """A module wandb that notes what it gets, and fails from a call on."""
-    seen = []
-
-    def log(values, step):
-        if fails_at is not None and len(seen) >= fails_at:
-            raise ConnectionError("no network")
-        seen.append((step, values))
-
-    module = types.SimpleNamespace(
-        init=lambda **_: None, log=log, finish=lambda: seen.append("end")
-    )
-    monkeypatch.setitem(__import__("sys").modules, "wandb", module)
-    return seen
-
-
-def test_a_tracker_gets_the_scalars_in_order(tiny, monkeypatch):
-    seen = fake_tracker(monkeypatch)
-    train.main(train_args(num_epochs=2, tracker="wandb", val_step=3, log_step=5))
-    assert seen.pop() == "end"
-    steps = [step for step, _ in seen]
-    assert steps == sorted(set(steps)) == list(range(1, 15))
-    log, values = events(), dict(seen)
-    for tag in log.Tags()["scalars"]:
-        for event in log.Scalars(tag):
-            name = tracker.RENAMED.get(tag, tag)
-            assert values[event.step][name] == pytest.approx(event.value)
-
-
-def test_a_tracker_that_fails_ends_nothing(tiny, monkeypatch, capsys):
-    fake_tracker(monkeypatch, fails_at=4)
-    train.main(train_args(num_epochs=2, tracker="wandb"))
-    assert len(read_log("run")) == 2
-    assert capsys.readouterr().out.count("no network") == 1
-
-
-def test_a_tracker_that_is_missing_is_said_before_training(tiny, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "trackio", None)
-    with pytest.raises(InputError, match="pip install trackio"):
-        train.main(train_args(tracker="trackio"))
-    with pytest.raises(InputError, match="pip install trackio"):
-        train.main(train_args(tracker="trackio", dry_run=True))
-    assert not os.path.exists("run")
-
-
-def test_a_dry_run_starts_no_run_of_a_tracker(tiny, monkeypatch):
-    fake_tracker(monkeypatch)
-    monkeypatch.setattr(__import__("sys").modules["wandb"], "init", None)
-    train.main(train_args(tracker="wandb", dry_run=True))
