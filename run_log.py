@@ -21,6 +21,7 @@ from run_state import RunState
 from run_warnings import (
     at_chance,
     at_twice_the_margin,
+    chances,
     fell_back,
     find_shift,
     out_of_step,
@@ -252,8 +253,8 @@ def table(metrics: dict, head: str, shape: tuple[int, int] | None) -> str:
         r1, r5, r10, medr, meanr = (metrics[way][x] for x in METRICS)
         lines.append(f"  {name:<14}{r1:>7.1f}{r5:>7.1f}{r10:>7.1f}{medr:>8.0f}{meanr:>8.1f}")
     if shape:
-        chances = (100 * min(k / shape[0], 1) for k in (1, 5, 10))
-        lines.append(f"  {'by chance':<14}" + "".join(f"{x:>7.1f}" for x in chances))
+        recalls = "".join(f"{x:>7.1f}" for x in chances(shape[0]))
+        lines.append(f"  {'by chance':<14}{recalls}")
     return "\n".join(lines)
 
 

@@ -36,13 +36,18 @@ def worse_than(place: float, metrics: dict, n: int) -> bool:
     return mean - 2 * math.sqrt(1 / 12 / n) > place
 
 
+def chances(n: int) -> list[float]:
+    """R@1, R@5 and R@10 of random scores among n images, in percent."""
+    return [100 * min(k / n, 1) for k in (1, 5, 10)]
+
+
 def fell_back(rsum: float, best: float, n: int) -> bool:
     """Whether a model has lost two fifths of what it had learned, beyond doubt, on n images.
 
     What it has learned is the sum of its six recalls above that of chance. The doubt is two
     standard deviations of that sum, 300 / sqrt(n) at most: 50 / sqrt(n) for each recall.
     """
-    chance = sum(200 * min(k / n, 1) for k in (1, 5, 10))
+    chance = 2 * sum(chances(n))
     lost = best - rsum > 2 * 300 / math.sqrt(n)
     return lost and rsum - chance < 0.6 * (best - chance)
 
@@ -52,12 +57,11 @@ def what_to_change(criterion: nn.Module, rate: str) -> str:
 
     `rate` says which other --learning_rate.
     """
-    cures = [f"{rate} --learning_rate"]
-    if isinstance(criterion, ContrastiveLoss):
-        cures.insert(0, "a larger --margin")
-        if criterion.max_violation:
-            cures.insert(0, f"--vse_mean_warmup_epochs {criterion.warmup_epochs + 1}")
-    return ", ".join(cures[:-1]) + f" or {cures[-1]}" if len(cures) > 1 else cures[0]
+    rate = f"{rate} --learning_rate"
+    if not isinstance(criterion, ContrastiveLoss):
+        return rate
+    warmup = f"--vse_mean_warmup_epochs {criterion.warmup_epochs + 1}, "
+    return f"{warmup * criterion.max_violation}a larger --margin or {rate}"
 
 
 def at_chance(metrics: dict, n: int, m: int) -> bool:
