@@ -41,12 +41,13 @@ def height_of(value: float, ticks: Sequence[float] = PERCENTS) -> float:
 
 
 def ticks_around(low: float, high: float) -> list[float]:
-    """Round numbers, four to seven, from below `low` to above `high`."""
-    room = max(high - low, 1e-9)
+    """Round numbers, four to seven, from below `low` to above `high`, at least one apart."""
+    middle, room = (low + high) / 2, max(high - low, 1)
+    low, high = middle - room / 2, middle + room / 2
     size = 10 ** math.floor(math.log10(room))
     step = next(x for x in (0.2 * size, 0.5 * size, size, 2 * size) if room / x <= 5)
     first = math.floor(low / step)
-    return [k * step for k in range(first, max(math.ceil(high / step), first + 1) + 1)]
+    return [k * step for k in range(first, math.ceil(high / step) + 1)]
 
 
 def text(x: float, y: float, content: object, anchor: str = "middle", kind: str = "") -> str:

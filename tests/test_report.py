@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import intervals
+import report_figures
 import report_seeds
 import report_stats
 from ranking import Ranking
@@ -281,8 +282,22 @@ def test_curves_over_seeds_stand_in_a_section_of_their_own(tmp_path, monkeypatch
     drawn = re.findall(r'<path class="(line|seed|band) s(\d)" d="M[\d.]+ [\d.]+L', section)
     assert drawn.count(("seed", "0")) == drawn.count(("seed", "1")) == 2
     assert ("band", "0") in drawn and ("band", "1") not in drawn
+    labels = re.findall(r'text-anchor="end">([\d.-]+)<', section)
+    assert labels == ["100", "150", "200", "250", "300", "350"]  # seeds of 100 to 310
     assert "<h2" in page.text and 'href="#seeds"' in page.text
     assert 'href="#seeds"' not in page_of(make()).text
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 600), (498.2, 532), (3.3, 3.31), (300, 300), (512, 513.7), (100, 311)]
+)
+def test_ticks_are_round_few_and_around(low, high):
+    ticks = report_figures.ticks_around(low, high)
+    assert 4 <= len(ticks) <= 7 and ticks[0] <= low and high <= ticks[-1]
+    assert len({f"{x:g}" for x in ticks}) == len(ticks)
+    heights = [report_figures.height_of(x, ticks) for x in ticks]
+    assert heights == sorted(heights, reverse=True)
+    assert report_figures.height_of(-1e9, ticks) == heights[0]  # a band ends with the axis
 
 
 @pytest.mark.parametrize(
