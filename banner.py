@@ -26,7 +26,7 @@ from run_state import RunState
 from scoring import encode_data, score_matrix
 from text_setup import kind_of_captions
 from util import distributed
-from util.cli import progress
+from util.cli import counted, progress
 from util.fingerprint import fingerprint
 from util.git import commit_of
 from util.log import duration
@@ -63,16 +63,11 @@ def banner(
         "options": f"other than {title}'s defaults:",
     }
     lines = [
-        f"{title}: {count(opt.num_epochs, 'epoch')} of {count(steps, 'step')}, "
-        f"{count(opt.batch_size, 'pair')} a step",
+        f"{title}: {counted(opt.num_epochs, 'epoch')} of {counted(steps, 'step')}, "
+        f"{counted(opt.batch_size, 'pair')} a step",
         *(f"  {name:<12}{fact}" for name, fact in facts.items() if fact),
     ]
     return "\n".join([*lines, *broken(changed_flags(opt), INDENT)])
-
-
-def count(n: int, what: str) -> str:
-    """1 step, 2 steps, 3 more processes."""
-    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}{'es' if what.endswith('s') else 's'}"
 
 
 def split_counts(dataset: PrecompDataset) -> str:
@@ -130,13 +125,13 @@ def device_name(device: torch.device) -> str:
         name = f"{device}, {torch.cuda.get_device_name(device)}"
     else:
         threads = torch.get_num_threads()
-        name = f"{device}, {processor()}, {count(threads, 'thread')}"
+        name = f"{device}, {processor()}, {counted(threads, 'thread')}"
     return f"{n} processes, the first on {name}" if n > 1 else name
 
 
 def loaders(workers: int) -> str:
     """Where batches are loaded."""
-    return f"loading: {count(workers, 'more process')}" if workers else "loading in this process"
+    return f"loading: {counted(workers, 'more process')}" if workers else "loading in this process"
 
 
 def processor() -> str:
@@ -280,14 +275,14 @@ def estimate(
     """
     validations = 1 + ((steps - 1) // opt.val_step if opt.val_step else 0)
     epoch = steps * seconds["step"] + validations * seconds["validation"]
-    each = count(validations, "validation")
+    each = counted(validations, "validation")
     what, steps_left, validations = what_is_left(opt, state, steps)
     run = steps_left * seconds["step"] + validations * seconds["validation"]
-    work = f"{count(steps_left, 'step')}, {count(validations, 'validation')}"
+    work = f"{counted(steps_left, 'step')}, {counted(validations, 'validation')}"
     facts = {
         "step": f"{duration(seconds['step'])} for {opt.batch_size} pairs",
         "validation": duration(seconds["validation"]),
-        "epoch": f"about {duration(epoch)}: {count(steps, 'step')}, {each}",
+        "epoch": f"about {duration(epoch)}: {counted(steps, 'step')}, {each}",
         "run": f"about {duration(run)}: {what}, {work}" if validations else what,
         "memory": memory_line(memory, device),
         "reading": f"{duration(seconds['reading'])} for all images and captions of train and dev",
@@ -300,7 +295,7 @@ def what_is_left(opt: argparse.Namespace, state: RunState, steps: int) -> tuple[
     """What a run still has to do: its epochs in words, and the numbers of steps and validations."""
     after = opt.num_epochs - state.epoch - 1  # epochs behind the one under way
     if after < 0:
-        done = f"{count(state.epoch, 'epoch')} {'is' if state.epoch == 1 else 'are'} done"
+        done = f"{counted(state.epoch, 'epoch')} {'is' if state.epoch == 1 else 'are'} done"
         return f"nothing is left: {done}, --num_epochs is {opt.num_epochs}", 0, 0
     now, rest = state.Eiters, steps - state.batch
     ends = range(now + rest, now + rest + after * steps + 1, steps)  # of the epochs, in steps
@@ -308,10 +303,10 @@ def what_is_left(opt: argparse.Namespace, state: RunState, steps: int) -> tuple[
     if opt.val_step:  # those inside the epochs
         validations += ends[-1] // opt.val_step - now // opt.val_step
         validations -= sum(end > now and end % opt.val_step == 0 for end in ends)
-    what = count(after + 1, "epoch")
+    what = counted(after + 1, "epoch")
     if state.batch:
         what = f"the {'rest' if rest else 'validation'} of epoch {state.epoch}"
-        what += f" and {count(after, 'epoch')} after it" if after else ""
+        what += f" and {counted(after, 'epoch')} after it" if after else ""
     return what, rest + after * steps, validations
 
 

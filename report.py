@@ -23,7 +23,6 @@ from report_stats import (
     TOP,
     WAYS,
     Way,
-    counted,
     curve_band,
     even_ends,
     labels_of,
@@ -36,7 +35,7 @@ from report_stats import (
     words_of,
 )
 from scoring import Split
-from util.cli import InputError, replacing
+from util.cli import InputError, counted, replacing
 
 TEMPLATES = Path(__file__).resolve().parent / "util" / "report_page"
 

@@ -229,12 +229,6 @@ def skewness(counts: np.ndarray) -> float | None:
     return float((away**3).mean() / spread**3) if spread else None
 
 
-def counted(number: int | str, what: str) -> str:
-    """A number of things: 1 image, 3,000 images. A text is a number that is formatted already."""
-    number = number if isinstance(number, str) else f"{number:,}"
-    return f"{number} {what}" if number == "1" else f"{number} {what}s"
-
-
 def labels_of(paths: Sequence[str], least: int = 1) -> list[str]:
     """A short name for each file: the shortest ends of the paths that are distinct.
 

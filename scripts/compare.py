@@ -55,7 +55,7 @@ from scripts.compare_table import (
     write,
 )
 from util.arguments import COUNT, FOLDER, FROM_0, POSITIVE, Parser
-from util.cli import InputError, replacing, run
+from util.cli import InputError, counted, replacing, run
 from util.devices import pick_device
 from util.log import read_json_lines
 
@@ -177,7 +177,7 @@ def one_run(
     with replacing(done) as part:
         Path(part).write_text(json.dumps(result))
     save_ranks(ranks, found)
-    took = f"{result['epochs']} epochs took {result['train_minutes']:.1f} minutes"
+    took = f"{counted(result['epochs'], 'epoch')} took {result['train_minutes']:.1f} minutes"
     print(f"{name}: summed recalls {result['rsum']:.1f} on {opt.split}; {took}", flush=True)
     return result, found
 

@@ -28,6 +28,13 @@ def printable(text: str) -> str:
     return "".join(x if x.isprintable() else "?" for x in text)
 
 
+def counted(number: int | str, what: str) -> str:
+    """1 step, 3,000 steps, 3 more processes. A text is a number that is formatted already."""
+    number = number if isinstance(number, str) else f"{number:,}"
+    many = "es" if what.endswith("s") else "s"
+    return f"{number} {what}{many if number != '1' else ''}"
+
+
 def one_line(text: str) -> str:
     """A message as one line of printable characters, cut in its middle if it is very long.
 
