@@ -17,7 +17,7 @@ import numpy as np
 
 from intervals import holm
 from scripts.compare_table import Setting, ends
-from util.cli import replacing
+from util.cli import counted, replacing
 
 CONFIDENCE = 0.95
 POWER = 0.8  # how often the smallest difference would be found
@@ -85,28 +85,22 @@ def comparisons(curves: dict, tested: dict[tuple[str, int], float], split: str) 
     `tested` holds the summed recalls of the tested split by setting and seed. Holm's correction is
     for the pairs of settings; dev and the tested split are two views of one question.
     """
-    found: dict[str, list[dict]] = {"dev": [], "tested": []}
+    found = []
     for a, b in itertools.combinations(curves, 2):
         seeds = [seed for seed in curves[a]["seeds"] if seed in curves[b]["seeds"]]
         rows = [[curves[x]["seeds"].index(seed) for seed in seeds] for x in (a, b)]
         last = min(curves[x]["rsum"].shape[1] for x in (a, b)) - 1
         on_dev = [curves[x]["rsum"][row, last] for x, row in zip((a, b), rows, strict=True)]
         on_test = [np.array([tested[x, seed] for seed in seeds]) for x in (a, b)]
-        for kind, where, values in (
-            ("dev", f"dev, after {epochs_of(last + 1)}", on_dev),
-            ("tested", f"{split}, best epoch on dev", on_test),
-        ):
-            test = compare_seeds(*values)
-            if test:
-                found[kind].append({"a": a, "b": b, "where": where, "seeds": seeds} | test)
-    for rows in found.values():
-        for row, p in zip(rows, holm([row["p"] for row in rows]) if rows else [], strict=True):
+        views = f"dev, after {counted(last + 1, 'epoch')}", f"{split}, best epoch on dev"
+        tests = compare_seeds(*on_dev), compare_seeds(*on_test)
+        if len(seeds) > 1:  # else there is no test
+            pair = {"a": a, "b": b, "seeds": seeds}
+            found.append([pair | {"where": x} | y for x, y in zip(views, tests, strict=True)])
+    for rows in zip(*found, strict=True):  # of one view
+        for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
             row["p_holm"] = p
-    return [row for pair in zip(*found.values(), strict=True) for row in pair]
-
-
-def epochs_of(count: int) -> str:
-    return f"{count} epoch{'s' * (count > 1)}"
+    return list(itertools.chain.from_iterable(found))
 
 
 def page(curves: dict, tests: list[dict]) -> str:

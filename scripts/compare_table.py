@@ -17,7 +17,7 @@ import systems
 from intervals import WAYS, holm, paired_test, recall_intervals
 from ranking import Ranks
 from scripts.benchmark import machine
-from util.cli import InputError, replacing
+from util.cli import InputError, counted, replacing
 
 # The systems to compare: `compared` is a title, and the flags of the paper's Flickr30K row.
 SYSTEMS = {name: system for name, system in systems.SYSTEMS.items() if system.compared}
@@ -116,11 +116,11 @@ def head(opt: argparse.Namespace, flags: list[str]) -> list[str]:
     where = machine()
     device = where["gpu"] if opt.device != "cpu" and where["gpu"] else where["cpu"]
     threads = 1 if opt.processes > 1 else where["threads"]
-    time_given = f"{opt.minutes:g} minutes" if opt.minutes else f"{opt.num_epochs} epochs"
+    time_given = f"{opt.minutes:g} minutes" if opt.minutes else counted(opt.num_epochs, "epoch")
     return [
         f"{opt.data_name}, {opt.split} split; {time_given} each; seeds "
-        f"{', '.join(map(str, opt.seeds))}; {device}, {threads} thread"
-        f"{'s' * (threads > 1)}, torch {where['torch']}.",
+        f"{', '.join(map(str, opt.seeds))}; {device}, "
+        f"{counted(threads, 'thread')}, torch {where['torch']}.",
         "",
         f"All: `{last_of_each(flags)}`",
         "",
@@ -230,7 +230,4 @@ def write(
     with replacing(numbers) as part, open(part, "w", newline="") as file:
         writer = csv.DictWriter(file, list(results[0]))
         writer.writeheader()
-        writer.writerows(
-            {name: round(x, 6) if isinstance(x, float) else x for name, x in result.items()}
-            for result in results
-        )
+        writer.writerows(results)

@@ -40,7 +40,7 @@ def test_two_systems_and_two_seeds(tiny_graphs, capsys, monkeypatch):
         assert int(row["best_epoch"]) == best["epoch"] + 1
         assert float(row["rsum"]) == pytest.approx(sum(float(row[n]) for n in compare.RECALLS))
         minutes = sum(epoch["seconds"] for epoch in log) / 60
-        assert float(row["train_minutes"]) == pytest.approx(minutes, abs=1e-6)
+        assert float(row["train_minutes"]) == pytest.approx(minutes)
         assert f"--model {row['system']}" in row["flags"] and "--img_dim 12" in row["flags"]
     text = (tiny_graphs / "out/table.md").read_text()
     assert text in capsys.readouterr().out
@@ -72,6 +72,7 @@ def test_two_systems_and_two_seeds(tiny_graphs, capsys, monkeypatch):
     # The existing results are kept.
     assert (tiny_graphs / "out/scan_seed0/earlier_1/result_test.json").read_text() == result
     assert (tiny_graphs / "out/earlier_1/table.md").read_text() == text
+    assert (tiny_graphs / "out/earlier_1/curves.md").read_text() == page
     assert (tiny_graphs / "out/gsmn_seed0/result_test.json").is_file()
 
 
@@ -159,7 +160,9 @@ def test_stopped_it_ends_its_training_and_goes_on_later(tiny, number):
             break
         time.sleep(0.1)
     running.send_signal(number)  # only to this process
-    assert "interrupted" in running.communicate(timeout=60)[0] and running.returncode == 1
+    said = running.communicate(timeout=60)[0]
+    assert said.count("interrupted") == 1 and running.returncode == 1
+    assert "stopped: the same command goes on" in said
     log = (tiny / "out/scan_seed0/train.log").read_text()
     assert "saved epoch" in log.splitlines()[-1]
     done = len(read_log("out/scan_seed0"))

@@ -18,7 +18,11 @@ def test_the_other_runs_go_on_if_one_fails(tiny, capfd):
     assert (tiny / "out/chan_embed_size_16_seed0/result_test.json").is_file()
     said = capfd.readouterr()
     assert "training ended with 1" in said.err
-    assert "CHAN VHA LSE --embed_size 16, seed 0: " in said.out
+    assert "CHAN VHA LSE --embed_size 16, seed 0: summed recalls " in said.out
+    assert "; 1 epoch took " in said.out
+    # Two runs' lines of a test would mix.
+    assert "Average i2t Recall" not in said.out
+    assert "Average i2t Recall" in (tiny / "out/chan_embed_size_16_seed0/test.log").read_text()
 
 
 def test_flags_to_vary():
