@@ -150,7 +150,7 @@ class RunLog:
                 f"{metrics['rsum']:.1f} after epoch {epoch}{cause}; if the next epoch does not win "
                 f"it back, start again with {what_to_change(self.criterion, 'a lower')}",
             )
-        elif not {"plateau", "back"} & self.said and at_chance(metrics, n, m):
+        elif "plateau" not in self.said and at_chance(metrics, n, m):
             self.warn(
                 "chance",
                 f"R@1 on dev is at chance after {self.state.Eiters:,} steps "

@@ -126,6 +126,7 @@ def test_two_fifths_beyond_doubt():
     assert not fell_back(6, 12, 1000)  # near chance, which is 3.2
     assert not fell_back(250, 420, 5) and not fell_back(100, 180, 20)  # few images
     assert fell_back(300, 530, 80)
+    assert fell_back(125, 200, 100) and not fell_back(135, 200, 100)  # above 32, which is chance
 
 
 def test_the_cures_are_those_of_the_loss():
