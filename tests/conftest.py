@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,11 @@ def train_args(**options) -> list[str]:
         elif value is not None:
             args += [flag, str(value)]
     return args
+
+
+def hear_sigint() -> None:
+    """A preexec_fn: in the background of a shell, SIGINT is ignored from the start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def read_log(folder: str | os.PathLike) -> list[dict]:

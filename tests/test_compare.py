@@ -12,7 +12,7 @@ import pytest
 
 import vocab
 from scripts import compare, compare_table
-from tests.conftest import read_log
+from tests.conftest import hear_sigint, read_log
 from util.cli import InputError
 
 TINY = "-- --embed_size 16 --word_dim 6 --batch_size 50 --workers 0"
@@ -152,8 +152,7 @@ def test_stopped_it_ends_its_training_and_goes_on_later(tiny, number):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        # Where the tests run in the background of a shell, SIGINT is ignored from the start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=hear_sigint,
     )
     for _ in range(600):
         if len(list(tiny.glob("out/scan_seed0/checkpoint_*"))) > 2:

@@ -9,6 +9,7 @@ import time
 import pytest
 
 import util.convert_data as convert_data
+from tests.conftest import hear_sigint
 from tests.extracted import fields, made, write_tsv
 
 
@@ -33,6 +34,7 @@ def test_a_killed_conversion_leaves_nothing(tmp_path, number):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=hear_sigint,
     )
     while process.stdout.readline() != "written\n":
         assert process.poll() is None
