@@ -296,7 +296,7 @@ def main(argv: list[str] | None = None) -> None:
     opt.seeds, opt.systems = (list(dict.fromkeys(x)) for x in (opt.seeds, opt.systems))
     if len(opt.seeds) == 1:
         opt.seeds = list(range(max(1, opt.seeds[0])))  # --seeds 0 was once seed 0
-    opt.settings = settings_of(opt.systems, opt.vary)
+    opt.settings = settings_of(opt.systems, opt.vary, opt.flags)
     check_scipy()
     flags_of = {}
     for setting in opt.settings:

@@ -8,11 +8,13 @@ import shlex
 import statistics
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+import options
 import systems
 from intervals import WAYS, holm, paired_test, recall_intervals
 from ranking import Ranks
@@ -41,19 +43,24 @@ class Setting(NamedTuple):
         return f"{self.flags} {self.varied}".strip()
 
 
-def settings_of(names: list[str], varied: list[str] | None) -> list[Setting]:
-    """A setting for each system; or for each of `varied`, flags of the one system there is."""
+def settings_of(
+    names: list[str], varied: list[str] | None, flags: Iterable[str] = ()
+) -> list[Setting]:
+    """A setting for each system; or for each of `varied`, flags of the one system there is.
+
+    `flags` are those that all get.
+    """
     if varied is None:
-        return [Setting(s, s, SYSTEMS[s].compared[0], own_flags(s)) for s in names]
+        return [Setting(s, s, title_of(s, flags), own_flags(s)) for s in names]
     if len(names) != 1:
         raise InputError(f"--vary needs one system, found {len(names)}: give --systems NAME")
     (system,), found = names, {}
-    for flags in varied:
-        name = "_".join([system, *re.findall(r"[\w.]+", flags)])
-        title = f"{SYSTEMS[system].compared[0]} {flags}".strip()
+    for some in varied:
+        name = "_".join([system, *re.findall(r"[\w.]+", some)])
+        title = f"{title_of(system, flags)} {some}".strip()
         if name in found:
-            raise InputError(f"--vary: {flags!r} and an earlier one are both named {name}")
-        found[name] = Setting(name, system, title, own_flags(system), flags)
+            raise InputError(f"--vary: {some!r} and an earlier one are both named {name}")
+        found[name] = Setting(name, system, title, own_flags(system), some)
     return list(found.values())
 
 
@@ -96,6 +103,23 @@ def run_intervals(ranks: Ranks) -> dict[str, float]:
 def own_flags(system: str) -> str:
     """The flags of a system's row."""
     return f"--model {system} {SYSTEMS[system].compared[1]}"
+
+
+def title_of(system: str, flags: Iterable[str]) -> str:
+    """The title of a system's row, with the flags that make another model than that of the row.
+
+    These are the flags of the row and the system's own: "SCAN t-i AVG" may have been told to take
+    the LSE.
+    """
+    title, row = SYSTEMS[system].compared
+    own = argparse.ArgumentParser(add_help=False)
+    SYSTEMS[system].add_options(own)
+    names = {action.dest for action in own._actions} | set(re.findall(r"--(\w+)", row))
+    before, after = (vars(options.parse([*own_flags(system).split(), *x])) for x in ((), flags))
+    for name in sorted(names):
+        if after[name] != before[name]:
+            title += f" --{name}" + (f" {after[name]}" if after[name] is not True else "")
+    return title
 
 
 def last_of_each(flags: list[str]) -> str:

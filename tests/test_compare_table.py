@@ -54,6 +54,23 @@ def rows(text):
     return [[cell.strip() for cell in x.split("|")[1:-1]] for x in text.splitlines() if "| " in x]
 
 
+@pytest.mark.parametrize(
+    ("system", "flags", "title"),
+    [
+        ("scan", "--embed_size 8 --lambda_softmax 9 --margin 0.1", "SCAN t-i AVG"),
+        ("scan", "--agg_func LogSumExp", "SCAN t-i AVG --agg_func LogSumExp"),
+        ("pfan", "--cross_attn=i2t", "PFAN-A t-i AVG --cross_attn i2t"),
+        ("gsmn", "--is_sparse", "GSMN dense --is_sparse"),
+        ("chan", "--margin 0.2 --drop", "CHAN VHA LSE --margin 0.2"),
+    ],
+)
+def test_a_title_does_not_hide_that_the_model_is_another(system, flags, title):
+    [all_have] = compare_table.settings_of([system], None, flags.split())
+    assert all_have.title == title
+    varied = compare_table.settings_of([system], ["", "--seed 3"], flags.split())
+    assert [setting.title for setting in varied] == [title, f"{title} --seed 3"]
+
+
 @pytest.mark.parametrize("seeds", [[0], [0, 1, 2]])
 def test_the_intervals_are_of_the_mean_over_seeds(tmp_path, seeds):
     results, ranks = runs(NAMES[:3], seeds)
