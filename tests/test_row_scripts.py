@@ -1,4 +1,4 @@
-"""What row and ensemble scripts call: folders, vocabularies, --resume, and the paper's sizes."""
+"""What the shell scripts call: folders, vocabularies, --resume, the paper's sizes, flags."""
 
 import os
 import re
@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
+import options
 import train
+from scripts import compare
 
 SCRIPTS = {path.stem: path.read_text() for path in Path(train.__file__).parent.glob("scripts/*.sh")}
 ROWS = sorted(name for name, text in SCRIPTS.items() if ')/row.sh"' in text)
 ENSEMBLES = sorted(name for name, text in SCRIPTS.items() if ')/ensemble.sh"' in text)
+RECIPES = sorted(name for name, text in SCRIPTS.items() if ')/recipe.sh"' in text)
 ROW, FOLDER = "scan_f30k_t2i_avg", "runs/scan_f30k_t2i_avg"
 
 
@@ -25,7 +28,7 @@ def home(tmp_path, monkeypatch):
     python = tmp_path / "python"
     python.write_text(f"#!/bin/bash\n{{ printf '%s\\0' \"$@\"; echo; }} >> '{tmp_path}/calls'\n")
     python.chmod(0o755)
-    for name in ("f30k_precomp", "coco_precomp", "tencent_data"):
+    for name in ("f30k_precomp", "coco_precomp", "tencent_data", "flickr8k_precomp"):
         (tmp_path / "data" / name).mkdir(parents=True)
     for row in ROWS:
         (tmp_path / "runs" / row).mkdir(parents=True)
@@ -68,6 +71,31 @@ def test_each_row_of_a_paper_comes_with_the_number_of_its_images(home, script):
 
 def test_all_rows_were_tried():
     assert len(ROWS) == 28 and len(ENSEMBLES) == 7
+    assert RECIPES == ["f8k_scan", "f8k_vse"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_one_comparison_of_three_seeds(home, recipe):
+    """Flags that are given come last: of two, argparse takes the second."""
+    env = {"RUNS": "my runs", "VOCAB_PATH": "~/words", "HOME": str(home)}
+    done, calls = run(home, recipe, "data/flickr8k_precomp", "--margin", "0.3", **env)
+    assert done.returncode == 0 and len(calls) == 1, done.stderr
+    call, at = calls[0], calls[0].index("--")
+    opt = compare.build_parser().parse_args(call[1:at])
+    assert call[0] == "compare" and opt.systems == [recipe.removeprefix("f8k_")]
+    assert (home / opt.data_path / opt.data_name).samefile(home / "data" / "flickr8k_precomp")
+    assert (opt.seeds, opt.out, opt.split) == ([3], f"my runs/{recipe}", "test")
+    assert opt.vocab_path == str(home / "words") and opt.num_epochs
+    flags = call[at + 1 :]
+    assert flags[-2:] == ["--margin", "0.3"] and options.parse(flags).margin == 0.3
+    assert f"bash scripts/{recipe}.sh DATA_PATH" in SCRIPTS[recipe]
+
+
+@pytest.mark.parametrize("args", [[], ["--margin", "0.3"]])
+def test_the_use_of_a_recipe_is_explained(home, args):
+    done, calls = run(home, "f8k_scan", *args)
+    assert done.returncode == 2 and not calls
+    assert done.stderr.startswith("use: bash scripts/f8k_scan.sh DATA_PATH [more flags of train")
 
 
 @pytest.mark.parametrize(
