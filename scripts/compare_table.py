@@ -44,23 +44,24 @@ class Setting(NamedTuple):
 
 
 def settings_of(
-    names: list[str], varied: list[str] | None, flags: Iterable[str] = ()
+    names: list[str], varied: list[str] | None, common: Iterable[str] = ()
 ) -> list[Setting]:
     """A setting for each system; or for each of `varied`, flags of the one system there is.
 
-    `flags` are those that all get.
+    `common` are the flags that all get.
     """
     if varied is None:
-        return [Setting(s, s, title_of(s, flags), own_flags(s)) for s in names]
+        return [Setting(s, s, title_of(s, common), own_flags(s)) for s in names]
     if len(names) != 1:
         raise InputError(f"--vary needs one system, found {len(names)}: give --systems NAME")
     (system,), found = names, {}
-    for some in varied:
-        name = "_".join([system, *re.findall(r"[\w.]+", some)])
-        title = f"{title_of(system, flags)} {some}".strip()
+    title = title_of(system, common)
+    for flags in varied:
+        name = "_".join([system, *re.findall(r"[\w.]+", flags)])
         if name in found:
-            raise InputError(f"--vary: {some!r} and an earlier one are both named {name}")
-        found[name] = Setting(name, system, title, own_flags(system), some)
+            raise InputError(f"--vary: {flags!r} and an earlier one are both named {name}")
+        varied_title = f"{title} {flags}".strip()
+        found[name] = Setting(name, system, varied_title, own_flags(system), flags)
     return list(found.values())
 
 
@@ -112,11 +113,10 @@ def title_of(system: str, flags: Iterable[str]) -> str:
     the LSE.
     """
     title, row = SYSTEMS[system].compared
-    own = argparse.ArgumentParser(add_help=False)
-    SYSTEMS[system].add_options(own)
-    names = {action.dest for action in own._actions} | set(re.findall(r"--(\w+)", row))
+    _, owners = options.build_parser()
+    own = {flag.removeprefix("--") for flag, names in owners.items() if system in names}
     before, after = (vars(options.parse([*own_flags(system).split(), *x])) for x in ((), flags))
-    for name in sorted(names):
+    for name in sorted(own | set(re.findall(r"--(\w+)", row))):
         if after[name] != before[name]:
             title += f" --{name}" + (f" {after[name]}" if after[name] is not True else "")
     return title
