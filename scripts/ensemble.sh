@@ -4,12 +4,9 @@
 # images are ranked as in the paper, and not if two checkpoints are given: they belong to the paper's
 # pair.
 set -euo pipefail
-if [ $# -ne 1 ] && [ $# -ne 3 ]; then
-  echo "use: bash scripts/$name.sh DATA_PATH [CHECKPOINT CHECKPOINT]" >&2
-  exit 2
-fi
-data_path=$1
+[ $# -eq 1 ] || [ $# -eq 3 ] || set -- # so that the use is explained
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+more="[CHECKPOINT CHECKPOINT]"
 source "$root/scripts/data_path.sh"
 if [ $# -eq 3 ]; then
   models=("$2" "$3")

@@ -6,16 +6,11 @@
 # Tables, curves, checkpoints and logs go to runs/$name (or $RUNS/$name). If it is stopped, the same
 # command goes on. Without a test split, the models are tested on dev, and another dev is cut off train.
 set -euo pipefail
-if [ $# -eq 0 ] || [ "${1#-}" != "$1" ]; then
-  echo "use: bash scripts/$name.sh DATA_PATH [more flags of train.py]" >&2
-  echo "DATA_PATH holds flickr8k_precomp/" >&2
-  exit 2
-fi
-data_path=$1
 data_name=flickr8k_precomp
-shift
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+more="[more flags of train.py]"
 source "$root/scripts/data_path.sh"
+shift
 locks="core compare"
 source "$root/scripts/environment.sh"
 "$PYTHON" "$root/scripts/compare.py" --data_path "$data_path" --data_name "$data_name" \

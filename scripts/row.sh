@@ -12,15 +12,10 @@
 # paths start at the folder where the script is called. With --resume it goes on in the folder of that
 # checkpoint; if it is one of this row, with the flags of that run, except those that are given.
 set -euo pipefail
-if [ $# -eq 0 ] || [ "${1#-}" != "$1" ]; then
-  echo "use: bash scripts/$name.sh DATA_PATH [more flags of train.py]" >&2
-  echo "DATA_PATH holds $data_name/" >&2
-  exit 2
-fi
-data_path=$1
-shift
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+more="[more flags of train.py]"
 source "$root/scripts/data_path.sh"
+shift
 run=$(home "${RUNS:-runs}")/$name
 vocabulary=$(home "${VOCAB_PATH:-vocab}")
 resume= reset= before=
