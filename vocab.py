@@ -16,8 +16,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import nltk
-
 from util.arguments import Parser
 from util.captions import ASCII_BLANKS, read_captions
 from util.cli import InputError, progress, replacing, run
@@ -40,6 +38,8 @@ SUSPICIOUS, HOPELESS = 0.03, 0.3
 @functools.cache
 def available_tokenizer() -> str:
     """`punkt` if nltk's sentence model can be read, else `one_sentence`, with a notice."""
+    import nltk  # as in tokenize
+
     try:
         nltk.word_tokenize("a dog .")
         return PUNKT
@@ -85,6 +85,8 @@ def tokenize(caption: str, tokenizer: str | None = None, lower: str = UNICODE) -
     differ if a full stop within a caption touches a word: with `one_sentence`, "he ran. he fell."
     has the token "ran.". `jieba` splits Chinese without spaces between words.
     """
+    import nltk  # here: it takes as long as torch to import, and --help and errors need no words
+
     if lower == ASCII:
         caption = caption.strip(ASCII_BLANKS).translate(ASCII_LETTERS)
     else:
