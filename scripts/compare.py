@@ -17,6 +17,8 @@ run), and the curves of dev over the epochs (scripts/compare_curves.py) to --out
 the same command continues after the last whole epoch; with other flags or other captions, earlier
 runs move to earlier_1. If there is no test split, dev becomes the test split, the last tenth of the
 training images (at most 200) becomes dev, and the vocabulary is built from the new train and dev.
+`--held_out 1000 --split dev` looks for good flags: the last 1,000 training images become dev and
+are tested on, and no image of the data set's own dev and test is seen.
 """
 
 import argparse
@@ -264,6 +266,12 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--processes", type=COUNT, help="runs at a time; default: one per core")
     parser.add_argument("--split", default="test", help="the split to test on")
+    parser.add_argument(
+        "--held_out",
+        type=COUNT,
+        help="how many of the training images, the last ones, become dev; their captions count up "
+        "to 5,000, as always with dev",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     return parser
 

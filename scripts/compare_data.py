@@ -16,21 +16,32 @@ from util.cli import InputError
 from util.fingerprint import fingerprint
 from vocab import read_captions
 
-HELD_OUT = 200
+HELD_OUT = 200  # images, at most
 
 
-def hold_out(source: Path, folder: Path) -> None:
-    """Write a data set: its dev is the end of the training images, its test is the source's dev."""
-    for old in ("train", "dev"):
+def has(folder: Path, split: str) -> bool:
+    """Whether a data set has a split."""
+    return (folder / f"{split}_ims.npy").is_file()
+
+
+def hold_out(source: Path, folder: Path, count: int | None = None) -> None:
+    """Write a data set whose dev is the last `count` training images of another data set.
+
+    Its test split is that of the other data set, or the other's dev if there is none. Without
+    `count` it is a tenth, at most HELD_OUT. Raises InputError if no training image is left.
+    """
+    for old in ("train", "test" if has(source, "test") else "dev"):
         images = open_array(str(source / f"{old}_ims.npy"), 3)
         text = source / f"{old}_caps.txt"
         captions = read_captions(text)
         pairs = caption_images(str(source / old), images, str(text), len(captions))
         first = len(pairs.rows)
         if old == "train":
-            first -= min(HELD_OUT, first // 10)
-            if first == len(pairs.rows):
-                raise InputError(f"{source}: {first} training images, too few to cut dev off")
+            held_out = count or min(HELD_OUT, first // 10)
+            if not 0 < held_out < first:
+                some = count or "a tenth"
+                raise InputError(f"{source}: {first} training images, too few to cut {some} off")
+            first -= held_out
             rest = range(first, len(pairs.rows))
             write_part(source / old, pairs, captions, rest, folder / "dev")
         split = "train" if old == "train" else "test"
@@ -68,32 +79,42 @@ def write_part(
     Path(f"{new}_caption_image.txt").write_text(table)
 
 
+def cut_dev(folder: Path, opt: argparse.Namespace) -> Path:
+    """The folder of a data set with another dev, made by hold_out if it is not there yet."""
+    cut = Path(opt.out) / "data" / opt.data_name
+    cut.mkdir(parents=True, exist_ok=True)
+    test = "" if has(folder, "test") else "no test split: dev becomes the test split, and "
+    print(
+        f"notice: {folder}: {test}a new dev is cut off train, in {cut}; "
+        f"the vocabulary of this data is in {opt.out}/vocab"
+    )
+    files = sorted(folder.glob("*_*.*"))
+    source = {str(x.resolve()): [x.stat().st_size, x.stat().st_mtime] for x in files}
+    if opt.held_out:
+        source["held_out"] = opt.held_out
+    mark = cut / "source.json"
+    if not mark.is_file():
+        hold_out(folder, cut, opt.held_out)
+        mark.write_text(json.dumps(source))
+    elif (known := json.loads(mark.read_text())) != source:
+        other = "another --held_out" if known.get("held_out") != opt.held_out else "other data"
+        raise InputError(f"{cut}: made with {other}, from {folder}; give another --out")
+    return cut
+
+
 def prepare(opt: argparse.Namespace) -> list[str]:
     """Make missing data (splits, blocks, vocabulary). Returns the flags of train.py for it.
 
+    With `opt.held_out`, and if there is no test split, this data has another dev: hold_out cuts it.
     Sets `opt.captions`, the fingerprint of the captions. Raises InputError, also if the vocabulary
     is of other captions.
     """
     folder = Path(System().find_data(opt.data_path, opt.data_name))
-    if opt.split != "test" and not (folder / f"{opt.split}_ims.npy").is_file():
-        raise FileNotFoundError(f"{folder}/{opt.split}_ims.npy: no such file; give another --split")
-    if opt.split == "test" and not (folder / "test_ims.npy").is_file():
-        cut = Path(opt.out) / "data" / opt.data_name
-        cut.mkdir(parents=True, exist_ok=True)
-        print(
-            f"notice: {folder}: no test split: dev becomes the test split, and a new dev is cut "
-            f"off train, in {cut}; the vocabulary of this data is in {opt.out}/vocab"
-        )
-        files = sorted(folder.glob("*_*.*"))
-        source = {str(x.resolve()): [x.stat().st_size, x.stat().st_mtime] for x in files}
-        mark = cut / "source.json"
-        if not mark.is_file():
-            hold_out(folder, cut)
-            mark.write_text(json.dumps(source))
-        elif json.loads(mark.read_text()) != source:
-            raise InputError(f"{cut}: made from other data than {folder}; give another --out")
-        folder = cut
+    if opt.held_out or (opt.split == "test" and not has(folder, "test")):
+        folder = cut_dev(folder, opt)
         opt.vocab_path = str(Path(opt.out) / "vocab")  # from fewer captions
+    if not has(folder, opt.split):
+        raise FileNotFoundError(f"{folder}/{opt.split}_ims.npy: no such file; give another --split")
     for name in opt.systems:
         for split in ("train", "dev", opt.split):
             try:

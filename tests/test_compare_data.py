@@ -66,6 +66,19 @@ def test_cut_data_are_the_pairs_of_the_whole(tmp_path, per_caption, shuffle, cou
         assert new.dtype == old.dtype
 
 
+def test_so_many_images_are_held_out_and_test_stays_test(tmp_path):
+    rng = np.random.default_rng(3)
+    for split, n in (("train", 37), ("dev", 11), ("test", 9)):
+        write_uneven(tmp_path, rng, split, rng.integers(1, 8, n), False, True)
+    (tmp_path / "cut").mkdir()
+    compare_data.hold_out(tmp_path, tmp_path / "cut", 30)
+    (kept, n_kept), (dev, n_dev) = (read_pairs(tmp_path / "cut", s) for s in ("train", "dev"))
+    assert kept + dev == read_pairs(tmp_path, "train")[0] and (n_kept, n_dev) == (7, 30)
+    assert read_pairs(tmp_path / "cut", "test") == read_pairs(tmp_path, "test")
+    with pytest.raises(InputError, match="37 training images, too few to cut 37 off"):
+        compare_data.hold_out(tmp_path, tmp_path / "cut", 37)
+
+
 def test_arrays_with_other_rows_than_the_features_are_not_cut(tmp_path):
     rng = np.random.default_rng(3)
     for split in ("train", "dev"):
