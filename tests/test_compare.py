@@ -154,12 +154,12 @@ def test_stopped_it_ends_its_training_and_goes_on_later(tiny, number):
         text=True,
         preexec_fn=hear_sigint,
     )
-    for _ in range(600):
+    for _ in range(3000):
         if len(list(tiny.glob("out/scan_seed0/checkpoint_*"))) > 2:
             break
         time.sleep(0.1)
     running.send_signal(number)  # only to this process
-    said = running.communicate(timeout=60)[0]
+    said = running.communicate(timeout=300)[0]
     assert said.count("interrupted") == 1 and running.returncode == 1
     assert "stopped: the same command goes on" in said
     log = (tiny / "out/scan_seed0/train.log").read_text()

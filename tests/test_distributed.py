@@ -275,7 +275,7 @@ def test_a_process_that_dies_ends_the_run(tiny):
     running = start(*train_args(num_epochs=10000, log_step=1))
     wait_for(running, "Epoch: [1]")
     os.kill(max(ranks_of(running)), signal.SIGKILL)
-    out = running.communicate(timeout=60)[0]
+    out = running.communicate(timeout=300)[0]
     assert running.returncode != 0
     assert "lost another process of the run" in out and "SIGABRT" not in out
     check_what_is_left()
@@ -289,7 +289,7 @@ def test_a_process_that_stops_ends_the_run(tiny):
     os.kill(stopped, signal.SIGSTOP)
     wait_for(running, "error: process 0 of 2: another process of the run did not answer for 6 s")
     os.kill(stopped, signal.SIGCONT)
-    out = running.communicate(timeout=60)[0]
+    out = running.communicate(timeout=300)[0]
     assert running.returncode != 0 and "SIGABRT" not in out
     check_what_is_left()
 
@@ -324,7 +324,7 @@ def test_a_signal_saves_first(tiny, whole_group):
         os.killpg(running.pid, signal.SIGINT)
     else:
         os.kill(running.pid, signal.SIGTERM)
-    out = running.communicate(timeout=60)[0]
+    out = running.communicate(timeout=300)[0]
     assert running.returncode != 0 and "saved epoch" in out, out
     epoch = ckpt.load("run/interrupted.pth.tar")["epoch"]
     train.main(train_args(num_epochs=epoch + 2, resume="run/interrupted.pth.tar"))

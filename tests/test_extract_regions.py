@@ -164,7 +164,7 @@ def test_a_killed_process(photos):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", code], env=env)
     state = OUT / "test_extract.part" / "state.json"
-    for _ in range(600):
+    for _ in range(3000):
         if state.is_file() and json.loads(state.read_text())["done"] >= 4:
             break
         time.sleep(0.1)
