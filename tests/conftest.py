@@ -2,7 +2,11 @@
 
 import json
 import os
+import shlex
 import signal
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +92,27 @@ def tiny_positions(tiny_graphs):
     for split in ("train", "dev", "test"):
         write_positions(tiny_graphs / "data" / "tiny_precomp", split)
     return tiny_graphs
+
+
+@pytest.fixture(scope="session")
+def warm():
+    """A command that is python, but starts at once: see warm.py."""
+    program = Path(__file__).with_name("warm.py")
+    with tempfile.TemporaryDirectory() as folder:  # the name of a socket must be short
+        command, line = Path(folder, "python"), Path(folder, "socket")
+        python = shlex.join([sys.executable, "-I", "-S", str(program), "call", str(line)])
+        command.write_text(f'#!/bin/sh\nexec {python} "$@"\n')
+        command.chmod(0o755)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with subprocess.Popen([sys.executable, program, "serve", line], **pipes) as process:
+            assert process.stdout.readline() == b"ready\n"
+            yield str(command)
+
+
+@pytest.fixture
+def starts_at_once(warm, monkeypatch):
+    """Programs that a test calls with sys.executable start at once."""
+    monkeypatch.setattr(sys, "executable", warm)
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from scripts import compare, compare_table
 from tests.conftest import hear_sigint, read_log
 from util.cli import InputError
 
+pytestmark = pytest.mark.usefixtures("starts_at_once")
+PYTHON = sys.executable
 TINY = "-- --embed_size 16 --word_dim 6 --batch_size 50 --workers 0"
 ARGS = "--data_path data --data_name tiny_precomp --out out --processes 1".split()
 
@@ -148,7 +150,7 @@ def test_stopped_it_ends_its_training_and_goes_on_later(tiny, number):
         args += ["--processes", "2", "--seeds", "2"]
     args += TINY.split()
     running = subprocess.Popen(
-        [sys.executable, compare.__file__, *args],
+        [PYTHON, compare.__file__, *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

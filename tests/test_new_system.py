@@ -15,6 +15,7 @@ from tests.conftest import train_args
 from tests.serving import make_body
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("starts_at_once")
 LINE = '    "pooled:PooledSystem",\n'
 
 
@@ -110,7 +111,18 @@ def test_serving(project, tiny_positions):
 
 def test_comparing_and_benchmarking(project, tiny):
     where = ["--data_path", "data", "--data_name", "tiny_precomp", "--num_epochs", "1"]
-    options = ["--systems", "scan", "pooled", "--", "--embed_size", "16", "--word_dim", "8"]
+    options = [
+        "--processes",
+        "1",
+        "--systems",
+        "scan",
+        "pooled",
+        "--",
+        "--embed_size",
+        "16",
+        "--word_dim",
+        "8",
+    ]
     table = run(project, "scripts/compare.py", *where, *options)
     assert (
         "| Pooled, maximum | " in table and "- Pooled, maximum: `--model pooled --pooling" in table

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +26,13 @@ OTHERS += [
     f"{s}_{d}_{k}" for s in ("chan", "vse") for d in ("coco", "f30k") for k in ("bert", "bigru")
 ]
 TINY = "--img_dim 12 --embed_size 8 --word_dim 6 --num_epochs 1 --batch_size 50 --workers 0".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def python(warm):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHON", warm)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +57,7 @@ def home(tmp_path_factory):
 
 
 def bash(home, script, *args, **env):
-    env = os.environ | {"PYTHON": sys.executable} | env
+    env = os.environ | env
     return subprocess.run(
         ["bash", ROOT / "scripts" / f"{script}.sh", *args],
         cwd=home,

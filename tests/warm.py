@@ -1,0 +1,107 @@
+"""A Python that starts at once: it is forked from a process that has imported torch already.
+
+The suite calls hundreds of programs, each of which imports torch, scipy and nltk for seconds. The
+fixture `warm` is a command that is called like python, with a script and its arguments. This file
+is both ends of it:
+
+    python warm.py serve SOCKET                 # imports, and forks for each call
+    python warm.py call SOCKET SCRIPT [...]     # gives it arguments, folder, environment, streams
+"""
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+LENGTH = 12  # digits of the length of what is sent
+
+
+def call(path: str, words: list[str]) -> None:
+    """Let the process at a socket run a script; end as it ends."""
+    if words[0].startswith("-"):  # -c or -m
+        os.execv(sys.executable, [sys.executable, *words])
+    about = json.dumps({"argv": words, "cwd": os.getcwd(), "env": dict(os.environ)}).encode()
+    with socket.socket(socket.AF_UNIX) as line:
+        line.connect(path)
+        socket.send_fds(line, [f"{len(about):{LENGTH}}".encode()], [0, 1, 2])
+        line.sendall(about)
+        with line.makefile("rb") as reply:
+            pid = int(reply.readline())
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda number, _: os.kill(pid, number))
+            code = int(reply.readline())
+    sys.exit(code if code >= 0 else 128 - code)
+
+
+def serve(path: str) -> str:
+    """Fork for each call until standard input ends. Returns in the forks, with their script."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        server.listen()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
+        print("ready", flush=True)
+        while server in select.select([server, sys.stdin], [], [])[0]:
+            line, _ = server.accept()
+            if os.fork() == 0:
+                server.close()
+                return run_one(line)
+            line.close()
+    sys.exit()
+
+
+def run_one(line: socket.socket) -> str:
+    """Fork again: one process becomes the script, and one waits for it and says how it ended."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    length, streams, _, _ = socket.recv_fds(line, LENGTH, 3)
+    with line.makefile("rb") as rest:
+        about = json.loads(rest.read(int(length)))
+    pid = os.fork()
+    if pid == 0:
+        line.close()
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+            os.close(stream)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.chdir(about["cwd"])
+        os.environ.clear()
+        os.environ.update(about["env"])
+        sys.argv = about["argv"]
+        sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+        if not sys.path[0].startswith(ROOT):  # a script of a copy of the project
+            forget_the_project()
+        return sys.argv[0]
+    for stream in streams:
+        os.close(stream)
+    line.sendall(b"%d\n" % pid)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    line.sendall(b"%d\n" % code)
+    os._exit(0)
+
+
+def forget_the_project() -> None:
+    """Let its modules be imported anew, from elsewhere."""
+    for name, module in list(sys.modules.items()):
+        path = getattr(module, "__file__", None) or ""
+        if path.startswith(ROOT + os.sep) and "site-packages" not in path and name != "__main__":
+            del sys.modules[name]
+
+
+if __name__ == "__main__" and sys.argv[1] == "call":
+    call(sys.argv[2], sys.argv[3:])
+elif __name__ == "__main__":
+    import runpy
+
+    import nltk  # noqa: F401
+    import scipy.stats  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
+    import tqdm  # noqa: F401
+
+    sys.path[0] = ROOT
+    import evaluation  # noqa: F401
+    import train  # noqa: F401
+
+    runpy.run_path(serve(sys.argv[2]), run_name="__main__")
