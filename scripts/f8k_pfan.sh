@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# PFAN-A t-i AVG with the flags found for Flickr8K's small features, about 25 minutes of one core a seed:
+# PFAN-A t-i AVG with the flags found for Flickr8K's small features, about 20 minutes of one core a seed:
 #   bash scripts/f8k_pfan.sh DATA_PATH
 name=f8k_pfan
 system=pfan
