@@ -97,8 +97,10 @@ def cut_dev(folder: Path, opt: argparse.Namespace) -> Path:
         hold_out(folder, cut, opt.held_out)
         mark.write_text(json.dumps(source))
     elif (known := json.loads(mark.read_text())) != source:
-        other = "another --held_out" if known.get("held_out") != opt.held_out else "other data"
-        raise InputError(f"{cut}: made with {other}, from {folder}; give another --out")
+        other = f"from other data than {folder}"
+        if known.get("held_out") != opt.held_out:
+            other = "with another --held_out"
+        raise InputError(f"{cut}: made {other}; give another --out")
     return cut
 
 
