@@ -71,7 +71,7 @@ def run_one(line: socket.socket) -> str:
         os.environ.update(about["env"])
         sys.argv = about["argv"]
         sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
-        if not sys.path[0].startswith(ROOT):  # a script of a copy of the project
+        if not f"{sys.path[0]}/".startswith(f"{ROOT}/"):  # a script of a copy of the project
             forget_the_project()
         return sys.argv[0]
     for stream in streams:
