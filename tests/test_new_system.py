@@ -111,18 +111,7 @@ def test_serving(project, tiny_positions):
 
 def test_comparing_and_benchmarking(project, tiny):
     where = ["--data_path", "data", "--data_name", "tiny_precomp", "--num_epochs", "1"]
-    options = [
-        "--processes",
-        "1",
-        "--systems",
-        "scan",
-        "pooled",
-        "--",
-        "--embed_size",
-        "16",
-        "--word_dim",
-        "8",
-    ]
+    options = "--processes 1 --systems scan pooled -- --embed_size 16 --word_dim 8".split()
     table = run(project, "scripts/compare.py", *where, *options)
     assert (
         "| Pooled, maximum | " in table and "- Pooled, maximum: `--model pooled --pooling" in table
