@@ -26,7 +26,7 @@ from util.cli import InputError
 from util.file_kinds import kind_of
 from util.json_file import fault_of
 from util.pickle_scan import check_torch_file
-from util.state_checks import STEPS, counting_parameters, shown
+from util.state_checks import STEPS, counting_parameters, shown, without_numbers
 from vocab import Vocabulary, deserialize_vocab, existing_file
 
 # What runs of ours with --drop did before there were these options. They go on so.
@@ -126,7 +126,7 @@ def check_sizes(checkpoint: dict, path: str, vocab_size: int) -> None:
     try:
         with (
             torch.random.fork_rng(devices=[]),
-            torch.device("meta"),
+            without_numbers(),
             counting_parameters(2 * sum(map(len, states)) + 100),
         ):
             model = build_model(opt, vocab_size)

@@ -97,6 +97,7 @@ elif __name__ == "__main__":
 
     import nltk  # noqa: F401
     import scipy.stats  # noqa: F401
+    import torch._dynamo  # noqa: F401  (optimizers import it)
     import torch.utils.tensorboard  # noqa: F401
     import tqdm  # noqa: F401
 

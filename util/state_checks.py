@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from util.cli import InputError
 
@@ -79,6 +80,28 @@ def shown(x) -> str:
     if isinstance(x, (list, tuple, dict, set)):
         return f"a {type(x).__name__} of {len(x)}"
     return f"a {type(x).__name__}"
+
+
+class Unfilled(TorchFunctionMode):
+    """Leaves each tensor as it is that is to be filled, say with random numbers."""
+
+    FILLING = {name for name in dir(nn.init) if name.endswith("_") and name[0] != "_"}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", None) in self.FILLING:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def without_numbers() -> Iterator[None]:
+    """Models built in this block have shapes, but no numbers: they stand on "meta".
+
+    There, torch would import its compiler to draw random numbers, which takes seconds.
+    """
+    with torch.device("meta"), Unfilled():
+        yield
 
 
 @contextlib.contextmanager
