@@ -111,12 +111,26 @@ def warm():
 
 @pytest.fixture
 def starts_at_once(warm, monkeypatch):
-    """Programs that a test calls with sys.executable start at once."""
+    """Programs that a test calls with sys.executable, and processes of torchrun, start at once."""
     monkeypatch.setattr(sys, "executable", warm)
+    monkeypatch.setenv("PYTHON_EXEC", warm)
 
 
 @pytest.fixture
-def server(tiny_positions):
+def torchrun(starts_at_once):
+    """A function that runs a program in two processes, each with one thread."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def run(program: str | os.PathLike, *flags: str, **more) -> subprocess.CompletedProcess:
+        words = [*command, str(program), *map(str, flags)]
+        return subprocess.run(words, capture_output=True, text=True, env=env, **more)
+
+    return run
+
+
+@pytest.fixture
+def server(tiny_positions, starts_at_once):
     """serve.py with a checkpoint of PFAN's whole-image variant, in a process of its own."""
     from tests.serving import WHOLE, Server, write_checkpoint
 

@@ -13,7 +13,6 @@ import checkpoint as ckpt
 import evaluation
 import systems
 import train
-from tests import test_distributed
 from tests.conftest import read_log, train_args
 from tests.pooled import PooledSystem
 from tests.small_bert import PIECES, SIZES, flags, write_bert
@@ -45,14 +44,14 @@ def test_training_resuming_and_evaluating(tiny_positions, little, system, capsys
     assert f"Image to text: {' '.join(i2t)}" in said
 
 
-def test_torchrun_resumes_exactly(tiny, little):
+def test_torchrun_resumes_exactly(tiny, little, torchrun):
     """Each process draws the same dropout as without the interruption."""
     more = {"num_epochs": 2, "model": "chan", "batch_size": 50}
     for flag in (
         flags(**more, model_name="whole", logger_name="whole"),
         flags(**more, resume="whole/checkpoint_0.pth.tar"),
     ):
-        done = test_distributed.run(test_distributed.ROOT / "train.py", *flag)
+        done = torchrun(train.__file__, *flag)
         assert done.returncode == 0, done.stderr
     whole, parts = (ckpt.load(f"{name}/checkpoint_1.pth.tar")["model"] for name in ("whole", "run"))
     for state, again in zip(whole, parts, strict=True):

@@ -28,10 +28,6 @@ from util.cli import InputError
 from vocab import deserialize_vocab
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-
-
 GSMN = {"model": "gsmn", "num_block": 4, "feat_dim": 4, "hid_dim": 16}
 
 
@@ -216,15 +212,9 @@ def test_batches_are_shared_out():
                 assert all(share == batch for share in shares)
 
 
-def run(*command) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [*TORCHRUN, *map(str, command)], capture_output=True, text=True, env=ENVIRONMENT
-    )
-
-
-def test_torchrun_trains_resumes_and_evaluates(tiny):
+def test_torchrun_trains_resumes_and_evaluates(tiny, torchrun):
     flags = train_args(num_epochs=3, val_step=5, no_false_negatives=True)
-    done = run(ROOT / "train.py", *flags)
+    done = torchrun(ROOT / "train.py", *flags)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("SCAN: 3 epochs") == 1 and len(read_log("run")) == 3
     assert sorted(name for name in os.listdir("run") if name.endswith(".tar")) == [
@@ -233,7 +223,7 @@ def test_torchrun_trains_resumes_and_evaluates(tiny):
     ]
     options = {"num_epochs": 3, "val_step": 5, "no_false_negatives": True}
     options |= {"resume": "run/checkpoint_1.pth.tar"}
-    done = run(ROOT / "train.py", *train_args(model_name="two", logger_name="two", **options))
+    done = torchrun(ROOT / "train.py", *train_args(model_name="two", logger_name="two", **options))
     assert done.returncode == 0, done.stderr
     whole, resumed = (ckpt.load(f"{name}/checkpoint_2.pth.tar") for name in ("run", "two"))
     for state, again in zip(whole["model"], resumed["model"], strict=True):
@@ -245,7 +235,7 @@ def test_torchrun_trains_resumes_and_evaluates(tiny):
     assert metrics["rsum"] == pytest.approx(read_log("run")[-1]["rsum"])
 
     path = "run/model_best.pth.tar"
-    done = run(ROOT / "evaluation.py", path, "--split", "test", "--save_path", "two.npy")
+    done = torchrun(ROOT / "evaluation.py", path, "--split", "test", "--save_path", "two.npy")
     assert done.returncode == 0, done.stderr
     metrics = evaluation.evalrank(path, split="test", save_path="one.npy")
     assert done.stdout.count(f"rsum: {metrics['rsum']:.1f}") == 1
@@ -253,12 +243,13 @@ def test_torchrun_trains_resumes_and_evaluates(tiny):
 
 
 def start(*flags: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     return subprocess.Popen(
-        [*TORCHRUN, str(ROOT / "train.py"), *flags],
+        [*command, str(ROOT / "train.py"), *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=ENVIRONMENT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
 

@@ -2,8 +2,6 @@
 
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -375,19 +373,13 @@ def test_embeddings_in_place_of_score_matrices(here, m, turned):
     assert "--embeddings" not in str(error.value)
 
 
-def test_other_outputs(here):
+def test_other_outputs(here, torchrun):
     pytest.importorskip("scipy")
     images, texts = made(UNEVEN)
     flags = save(images[UNEVEN], texts)  # a row per text
     write("ids.txt", [f"{x}.jpg" for x in UNEVEN])
     more = ["--json", "a.json", "--csv", "a.csv", "--trec", "a"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*torchrun, Path(evaluation.__file__), *flags, "--ids", "ids.txt", *more],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    done = torchrun(evaluation.__file__, *flags, "--ids", "ids.txt", *more)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("rsum: ") == 1
     assert '"i.npy"' in Path("a.json").read_text()

@@ -1,7 +1,6 @@
 """outputs.py: the files of a command line are checked before scoring, and nothing else is lost."""
 
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -106,19 +105,11 @@ def test_a_missing_package_is_named(untrained, monkeypatch, flag):
         evaluation.main(["model.pth.tar", flag, "x"])
 
 
-def test_two_processes_write_once(tmp_path):
+def test_two_processes_write_once(tmp_path, torchrun):
     """Each of score matrices' outputs is written by one process, and stands there whole."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     np.save(tmp_path / "a.npy", made().scores)
-    program = Path(evaluation.__file__)
     flags = ["a.npy", "--json", "a.json", "--csv", "a.csv", "--trec", "a"]
-    done = subprocess.run(
-        [*torchrun, "--nproc_per_node=2", program, *flags],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    done = torchrun(evaluation.__file__, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("rsum: ") == 1 and len(read_csv(tmp_path / "a.csv")) == 2
     assert sorted(os.listdir(tmp_path)) == sorted(

@@ -4,7 +4,6 @@ import math
 import os
 import re
 import shlex
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -263,13 +262,11 @@ def test_a_vocabulary_that_has_all_words_is_no_reason_to_warn(tiny, capsys, miss
     assert line.endswith("; it has all words of train") != missing
 
 
-def test_only_the_first_process_prints(tiny):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+def test_only_the_first_process_prints(tiny, torchrun):
     for more in ({}, {"dry_run": True, "model_name": "dry", "logger_name": "dry"}):
         flags = train_args(num_epochs=2, log_step=5, **more)
-        done = subprocess.run(
-            [*command, ROOT / "train.py", *flags], capture_output=True, text=True, check=True
-        )
+        done = torchrun(ROOT / "train.py", *flags)
+        assert done.returncode == 0, done.stderr
         for said in ("  device      2 processes, the first on cpu", "  parameters  "):
             assert done.stdout.count(said) == 1
         times = 0 if more else 1

@@ -22,6 +22,7 @@ from tests.serving import (  # noqa: E402
     GSMN,
     ROOT,
     WHOLE,
+    Server,
     b64,
     make_body,
     make_scorer,
@@ -192,7 +193,8 @@ HOSTILE = {  # name: (the body, or a change to a good body; a part of the answer
 }
 
 
-def test_hostile_bodies_are_answered_and_survived(server):
+def test_hostile_bodies_are_answered_and_survived(tiny_positions):
+    server = Server(write_checkpoint(WHOLE))
     status, want = server.ask(make_body())
     assert status == 200
     assert len(HOSTILE) >= 30
@@ -263,10 +265,10 @@ def test_a_sparse_gsmn_says_what_it_needs(tiny_positions):
             scorer.read(json.dumps(make_body(**more)).encode())
 
 
-def test_what_cannot_be_served_is_one_line(tiny_positions, monkeypatch, capsys):
+def test_what_cannot_be_served_is_one_line(tiny_positions, warm):
     def run(*args, **env):
         done = subprocess.run(
-            [sys.executable, ROOT / "serve.py", *args],
+            [sys.executable if env else warm, ROOT / "serve.py", *args],
             capture_output=True,
             text=True,
             timeout=60,  # it may serve although it should refuse

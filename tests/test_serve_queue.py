@@ -25,6 +25,8 @@ from tests.serving import (  # noqa: E402
 )
 from util.request_bodies import FewAtOnce  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("starts_at_once")
+
 
 def test_a_request_that_fails_does_not_fail_its_neighbours(tiny_positions):
     batcher = serve.RequestBatcher(make_scorer(write_checkpoint(WHOLE)))

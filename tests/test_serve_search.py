@@ -272,7 +272,7 @@ def test_without_data_the_page_says_how_to_start(tiny_positions):
         assert page.ask("/api/info").status == 404
 
 
-def test_the_program_with_a_data_set(tiny_positions):
+def test_the_program_with_a_data_set(tiny_positions, starts_at_once):
     write_photos(Path("data/tiny_precomp/pictures"))
     path = write_checkpoint(SCAN)
     server = Server(path, "--data_path", "data", "--data_name", "tiny_precomp")

@@ -116,7 +116,7 @@ def test_the_client_names_bad_files_and_writes_nothing(server, tiny_positions, s
     assert not os.path.exists("d.json") and not os.path.exists("d.json.part")
 
 
-def test_the_client_waits_for_a_busy_server(tiny_positions):
+def test_the_client_waits_for_a_busy_server(tiny_positions, starts_at_once):
     server = Server(write_checkpoint(WHOLE), "--max_waiting", "1")
     write_meta(tiny_positions / "meta")
     lines = (tiny_positions / "meta" / "test_list.json").read_text()

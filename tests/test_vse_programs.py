@@ -11,7 +11,6 @@ import checkpoint as ckpt
 import evaluation
 import explain
 import train
-from tests import test_distributed
 from tests.conftest import read_log, train_args
 from tests.test_drop import make
 from tests.test_grad_checkpointing import step
@@ -142,14 +141,14 @@ def test_a_published_vocabulary_may_lack_the_mask(tiny):
 # Several processes, parts of a batch, few digits
 
 
-def test_statistics_of_several_processes(tiny):
+def test_statistics_of_several_processes(tiny, torchrun):
     """With a rate of 0 the weights stay, and the running statistics are those of one process."""
     one, two = (
         flags(num_epochs=1, batch_size=32, learning_rate=0, model_name=x, logger_name=x)
         for x in ("one", "two")
     )
     train.main(one)
-    done = test_distributed.run(test_distributed.ROOT / "train.py", *two)
+    done = torchrun(train.__file__, *two)
     assert done.returncode == 0, done.stderr
     assert read_log("two")[0]["rsum"] == pytest.approx(read_log("one")[0]["rsum"], abs=6)
     states = [ckpt.load(f"{x}/checkpoint_0.pth.tar")["model"][0] for x in ("one", "two")]

@@ -1,19 +1,22 @@
 """A Python that starts at once: it is forked from a process that has imported torch already.
 
 The suite calls hundreds of programs, each of which imports torch, scipy and nltk for seconds. The
-fixture `warm` is a command that is called like python, with a script and its arguments. This file
-is both ends of it:
+fixture `warm` is a command that is called like python, with a script or -m and a module, and their
+arguments. If it is killed, so is what it runs; it passes on SIGINT and SIGTERM, but it has another
+process id, and no limits of the caller's. This file is both ends of it:
 
     python warm.py serve SOCKET                 # imports, and forks for each call
     python warm.py call SOCKET SCRIPT [...]     # gives it arguments, folder, environment, streams
 """
 
+import contextlib
 import json
 import os
 import select
 import signal
 import socket
 import sys
+import threading
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LENGTH = 12  # digits of the length of what is sent
@@ -21,7 +24,7 @@ LENGTH = 12  # digits of the length of what is sent
 
 def call(path: str, words: list[str]) -> None:
     """Let the process at a socket run a script; end as it ends."""
-    if words[0].startswith("-"):  # -c or -m
+    if words[0] == "-c":
         os.execv(sys.executable, [sys.executable, *words])
     about = json.dumps({"argv": words, "cwd": os.getcwd(), "env": dict(os.environ)}).encode()
     with socket.socket(socket.AF_UNIX) as line:
@@ -36,8 +39,8 @@ def call(path: str, words: list[str]) -> None:
     sys.exit(code if code >= 0 else 128 - code)
 
 
-def serve(path: str) -> str:
-    """Fork for each call until standard input ends. Returns in the forks, with their script."""
+def serve(path: str) -> None:
+    """Fork for each call until standard input ends. Returns in the forks, for their program."""
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(path)
         server.listen()
@@ -53,8 +56,8 @@ def serve(path: str) -> str:
     sys.exit()
 
 
-def run_one(line: socket.socket) -> str:
-    """Fork again: one process becomes the script, and one waits for it and says how it ended."""
+def run_one(line: socket.socket) -> None:
+    """Fork again: one process becomes the program, and one waits for it and says how it ended."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     length, streams, _, _ = socket.recv_fds(line, LENGTH, 3)
     with line.makefile("rb") as rest:
@@ -70,16 +73,37 @@ def run_one(line: socket.socket) -> str:
         os.environ.clear()
         os.environ.update(about["env"])
         sys.argv = about["argv"]
-        sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
-        if not f"{sys.path[0]}/".startswith(f"{ROOT}/"):  # a script of a copy of the project
-            forget_the_project()
-        return sys.argv[0]
+        return
     for stream in streams:
         os.close(stream)
     line.sendall(b"%d\n" % pid)
+    threading.Thread(target=kill_without_caller, args=(line, pid), daemon=True).start()
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     line.sendall(b"%d\n" % code)
     os._exit(0)
+
+
+def kill_without_caller(line: socket.socket, pid: int) -> None:
+    if line.recv(1) == b"":
+        os.kill(pid, signal.SIGKILL)
+
+
+def run() -> None:
+    """Be python with the arguments in sys.argv."""
+    import runpy
+
+    if sys.argv[0] == "-u":
+        sys.stdout.reconfigure(write_through=True)
+        del sys.argv[0]
+    if sys.argv[0] == "-m":
+        sys.path[0] = os.getcwd()
+        del sys.argv[0]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        return
+    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+    if not f"{sys.path[0]}/".startswith(f"{ROOT}/"):  # a script of a copy of the project
+        forget_the_project()
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def forget_the_project() -> None:
@@ -93,8 +117,6 @@ def forget_the_project() -> None:
 if __name__ == "__main__" and sys.argv[1] == "call":
     call(sys.argv[2], sys.argv[3:])
 elif __name__ == "__main__":
-    import runpy
-
     import nltk  # noqa: F401
     import scipy.stats  # noqa: F401
     import torch._dynamo  # noqa: F401  (optimizers import it)
@@ -105,4 +127,8 @@ elif __name__ == "__main__":
     import evaluation  # noqa: F401
     import train  # noqa: F401
 
-    runpy.run_path(serve(sys.argv[2]), run_name="__main__")
+    with contextlib.suppress(ImportError):  # fastapi is not there
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    serve(sys.argv[2])
+    run()
