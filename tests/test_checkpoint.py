@@ -6,6 +6,8 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -212,6 +214,22 @@ def test_options_of_another_kind_are_named(published):
     path = published(lambda state: setattr(state["opt"], "embed_size", "16"))
     with pytest.raises(ValueError, match="its option embed_size is '16', expected such as 1024"):
         ckpt.load(path)
+
+
+def test_sizes_are_compared_without_torchs_compiler():
+    """Once its import was most of the time that a small evaluation took."""
+    code = """
+import argparse, sys
+import checkpoint, options, systems
+from util.state_checks import without_numbers
+with without_numbers():
+    for name in systems.SYSTEMS.keys() - {"gsmn"}:  # its weight norm needs it
+        model = checkpoint.build_model(argparse.Namespace(**options.defaults(name)), 9)
+        assert all(x.is_meta for x in model.state_dict().values()), name
+assert "torch._dynamo" not in sys.modules
+"""
+    env = os.environ | {"PYTHONPATH": os.path.dirname(train.__file__)}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True)
 
 
 def test_given_vocabulary_must_agree_with_the_checkpoint(tiny):
