@@ -10,6 +10,7 @@ process id, and no limits of the caller's. This file is both ends of it:
 """
 
 import contextlib
+import gc
 import json
 import os
 import select
@@ -130,5 +131,7 @@ elif __name__ == "__main__":
     with contextlib.suppress(ImportError):  # fastapi is not there
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401
+    gc.collect()
+    gc.freeze()  # a fork's collector would copy all that it looks at
     serve(sys.argv[2])
     run()
