@@ -2,8 +2,8 @@
 
 The suite calls hundreds of programs, each of which imports torch, scipy and nltk for seconds. The
 fixture `warm` is a command that is called like python, with a script or -m and a module, and their
-arguments. If it is killed, so is what it runs; it passes on SIGINT and SIGTERM, but it has another
-process id, and no limits of the caller's. This file is both ends of it:
+arguments. It passes on SIGINT and SIGTERM; if it is killed, so is the program. But the program has
+another process id, and neither the limits nor the PYTHONPATH of its caller. This file is both ends:
 
     python warm.py serve SOCKET                 # imports, and forks for each call
     python warm.py call SOCKET SCRIPT [...]     # gives it arguments, folder, environment, streams

@@ -83,7 +83,7 @@ def shown(x) -> str:
 
 
 class Unfilled(TorchFunctionMode):
-    """Leaves each tensor as it is that is to be filled, say with random numbers."""
+    """Skips what fills a tensor: the functions of torch.nn.init, and methods of the same names."""
 
     FILLING = {name for name in dir(nn.init) if name.endswith("_") and name[0] != "_"}
 
