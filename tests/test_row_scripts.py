@@ -71,7 +71,7 @@ def test_each_row_of_a_paper_comes_with_the_number_of_its_images(home, script):
 
 def test_all_rows_were_tried():
     assert len(ROWS) == 28 and len(ENSEMBLES) == 7
-    assert RECIPES == ["f8k_chan", "f8k_pfan", "f8k_scan", "f8k_vse"]
+    assert RECIPES == ["f8k_chan", "f8k_gsmn", "f8k_pfan", "f8k_scan", "f8k_vse"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
