@@ -119,7 +119,7 @@ def test_workers_fit_into_the_file_handles(monkeypatch, capsys, files, workers):
 
 
 @pytest.mark.parametrize("files", [24, 40, 90])
-def test_training_with_few_files(tiny, files):
+def test_training_with_few_files(tiny, starts_at_once, files):
     """It ends; once it hung, or died of a traceback."""
     command = [sys.executable, str(ROOT / "train.py"), *train_args(num_epochs=1, workers=2)]
     done = subprocess.run(

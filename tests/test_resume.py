@@ -74,11 +74,11 @@ def test_interrupted_run_goes_on_exactly(tiny, monkeypatch, capsys, steps):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_signals_save_first(tiny, number, workers):
+def test_signals_save_first(tiny, warm, number, workers):
     """A real process gets a real signal to its whole group, as a terminal and SLURM send it."""
     flags = train_args(num_epochs=500, log_step=1, workers=workers)
     process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *flags],
+        [sys.executable if workers else warm, ROOT / "train.py", *flags],  # warm has another group
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -205,7 +205,7 @@ def test_bad_input_is_one_line(tiny, capsys, flags, line):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_bad_features_found_while_training_are_one_line(tiny, workers):
+def test_bad_features_found_while_training_are_one_line(tiny, starts_at_once, workers):
     rows = np.load("data/tiny_precomp/train_ims.npy")
     rows[7, 1, 3] = np.inf
     np.save("data/tiny_precomp/train_ims.npy", rows)

@@ -3,16 +3,17 @@
 The suite calls hundreds of programs, each of which imports torch, scipy and nltk for seconds. The
 fixture `warm` is a command that is called like python, with a script or -m and a module, and their
 arguments. It passes on SIGINT and SIGTERM; if it is killed, so is the program. But the program has
-another process id, and neither the limits nor the PYTHONPATH of its caller. This file is both ends:
+another process id and group, and not the PYTHONPATH of its caller. This file is both ends:
 
     python warm.py serve SOCKET                 # imports, and forks for each call
-    python warm.py call SOCKET SCRIPT [...]     # gives it arguments, folder, environment, streams
+    python warm.py call SOCKET SCRIPT [...]     # gives it arguments, folder, streams, ...
 """
 
 import contextlib
 import gc
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -21,13 +22,16 @@ import threading
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LENGTH = 12  # digits of the length of what is sent
+LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
 
 
 def call(path: str, words: list[str]) -> None:
     """Let the process at a socket run a script; end as it ends."""
     if words[0] == "-c":
         os.execv(sys.executable, [sys.executable, *words])
-    about = json.dumps({"argv": words, "cwd": os.getcwd(), "env": dict(os.environ)}).encode()
+    limits = {kind: resource.getrlimit(kind) for kind in LIMITS}
+    about = {"argv": words, "cwd": os.getcwd(), "env": dict(os.environ), "limits": limits}
+    about = json.dumps(about).encode()
     with socket.socket(socket.AF_UNIX) as line:
         line.connect(path)
         socket.send_fds(line, [f"{len(about):{LENGTH}}".encode()], [0, 1, 2])
@@ -73,6 +77,8 @@ def run_one(line: socket.socket) -> None:
         os.chdir(about["cwd"])
         os.environ.clear()
         os.environ.update(about["env"])
+        for kind, limit in about["limits"].items():
+            resource.setrlimit(int(kind), limit)
         sys.argv = about["argv"]
         return
     for stream in streams:
