@@ -117,6 +117,16 @@ def stopped(flags: list[str], out: str, where: str) -> None:
         Path(f"{out}_{os.environ['RANK']}").write_text(str(stop.code))
 
 
+def start(function, args: tuple, world: int) -> None:
+    """Call function(rank, *args) in `world` processes, and wait for them.
+
+    They are forked from a process that has imported what takes long, and has done nothing else.
+    """
+    slow = ["torch._dynamo", "torch.utils.tensorboard", "scipy.stats", "nltk"]
+    mp.get_context("forkserver").set_forkserver_preload(slow)
+    mp.start_processes(function, args, world, start_method="forkserver")
+
+
 def process(rank: int, world: int, port: int, job, flags: list[str], out: str) -> None:
     """Set what torchrun sets for process `rank` and run the job, which must release the group."""
     torch.set_num_threads(1)
@@ -167,7 +177,7 @@ def test_loss_and_gradient_are_those_of_one_process(tiny_positions, world, batch
     flags = [train_args(batch_size=batch_size, grad_clip=0, **options) for options in cases]
     jobs = [(flag, free_port()) for flag in flags]
     gradients_of_epochs(jobs, "one")
-    mp.spawn(process, (world, 0, gradients_of_epochs, jobs, "many"), nprocs=world)
+    start(process, (world, 0, gradients_of_epochs, jobs, "many"), world)
     for number, case in enumerate(cases):
         files = f"one_{number}_0.pt", *(f"many_{number}_{k}.pt" for k in range(world))
         compare_gradients(*map(torch.load, files), -(-100 // batch_size), case)
@@ -194,7 +204,7 @@ def compare_gradients(one: dict, *others: dict) -> None:
 def test_all_stop_when_one_is_told_to(tiny, where):
     flags = train_args(num_epochs=2)
     job = functools.partial(stopped, where=where)
-    mp.spawn(process, (2, free_port(), job, flags, "code"), nprocs=2)
+    start(process, (2, free_port(), job, flags, "code"), 2)
     assert [Path(f"code_{k}").read_text() for k in (0, 1)] == [str(128 + signal.SIGTERM)] * 2
     train.main(train_args(num_epochs=1, resume="run/interrupted.pth.tar"))
     assert len(read_log("run")) == 1
@@ -242,7 +252,7 @@ def test_torchrun_trains_resumes_and_evaluates(tiny, torchrun):
     np.testing.assert_allclose(np.load("two.npy"), np.load("one.npy"), rtol=0, atol=1e-6)
 
 
-def start(*flags: str) -> subprocess.Popen:
+def start_run(*flags: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     return subprocess.Popen(
         [*command, str(ROOT / "train.py"), *flags],
@@ -263,7 +273,7 @@ def wait_for(process: subprocess.Popen, text: str) -> None:
 
 def test_a_process_that_dies_ends_the_run(tiny):
     """They end with a message and without a half-written checkpoint."""
-    running = start(*train_args(num_epochs=10000, log_step=1))
+    running = start_run(*train_args(num_epochs=10000, log_step=1))
     wait_for(running, "Epoch: [1]")
     os.kill(max(ranks_of(running)), signal.SIGKILL)
     out = running.communicate(timeout=300)[0]
@@ -274,7 +284,7 @@ def test_a_process_that_dies_ends_the_run(tiny):
 
 def test_a_process_that_stops_ends_the_run(tiny):
     """It goes on when the others have waited long enough, and ends like them."""
-    running = start(*train_args(num_epochs=10000, log_step=1, rank_timeout=6))
+    running = start_run(*train_args(num_epochs=10000, log_step=1, rank_timeout=6))
     wait_for(running, "Epoch: [1]")
     stopped = max(ranks_of(running))
     os.kill(stopped, signal.SIGSTOP)
@@ -308,7 +318,7 @@ def parent_of(pid: str) -> int | None:
 @pytest.mark.parametrize("whole_group", [True, False])
 def test_a_signal_saves_first(tiny, whole_group):
     """Ctrl-C reaches torchrun and its processes; the SIGTERM of a scheduler only torchrun."""
-    running = start(*train_args(num_epochs=10000, log_step=1))
+    running = start_run(*train_args(num_epochs=10000, log_step=1))
     wait_for(running, "Epoch: [1]")
     time.sleep(0.5)
     if whole_group:
