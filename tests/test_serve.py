@@ -193,8 +193,9 @@ HOSTILE = {  # name: (the body, or a change to a good body; a part of the answer
 }
 
 
-def test_hostile_bodies_are_answered_and_survived(tiny_positions):
-    server = Server(write_checkpoint(WHOLE))
+def test_hostile_bodies_are_answered_and_survived(tiny_positions, request):
+    server = Server(write_checkpoint(WHOLE))  # its process id is that of serve.py
+    request.addfinalizer(server.process.kill)
     status, want = server.ask(make_body())
     assert status == 200
     assert len(HOSTILE) >= 30
