@@ -1,12 +1,14 @@
 # Sourced by the other scripts: sets PYTHON to a Python that has the tested versions of torch and of the
 # packages in $locks (requirements/*.lock). If $PYTHON is set, it is used as it is; otherwise the script makes
 # .venv in the project's folder. Each file that pip installs must have the hash that its lock names.
+# Without --no-compile, pip compiles all files, which takes longer than to install them; Python compiles those
+# that it imports.
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 pip_install() {
   local lock
   for lock in "$@"; do
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps \
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --no-compile \
       -r "$project/requirements/$lock.lock" || return 1
   done
 }
