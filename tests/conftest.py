@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,32 +73,46 @@ def write_positions(folder: Path, split: str, dim: int = 12, with_area: bool = F
     np.save(folder / f"{split}_who_ims.npy", whole)
 
 
+@pytest.fixture(scope="session")
+def originals(tmp_path_factory):
+    """The folders that tiny, tiny_graphs and tiny_positions copy: to write them takes longer."""
+    plain, graphs, whole = (tmp_path_factory.mktemp(x) for x in ("plain", "graphs", "whole"))
+    name, splits = Path("data", "tiny_precomp"), {"train": 20, "dev": 10, "test": 15}
+    (plain / name).mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(plain)
+        for split, n in splits.items():
+            write_split(name, split, n)
+        vocab.main(["--data_path", "data", "--data_name", "tiny_precomp"])
+        words = vocab.deserialize_vocab("vocab/tiny_precomp_vocab.json")
+    shutil.copytree(plain, graphs, dirs_exist_ok=True)
+    for split in splits:
+        write_graphs(graphs / name, split, words)
+    shutil.copytree(graphs, whole, dirs_exist_ok=True)
+    for split in splits:
+        write_positions(whole / name, split)
+    return plain, graphs, whole
+
+
 @pytest.fixture
-def tiny(tmp_path, monkeypatch):
+def tiny(tmp_path, monkeypatch, originals):
     """A working directory with data/tiny_precomp (train, dev, test) and its vocabulary."""
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "data" / "tiny_precomp"
-    folder.mkdir(parents=True)
-    for split, n in (("train", 20), ("dev", 10), ("test", 15)):
-        write_split(folder, split, n)
-    vocab.main(["--data_path", "data", "--data_name", "tiny_precomp"])
+    shutil.copytree(originals[0], tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
 @pytest.fixture
-def tiny_graphs(tiny):
+def tiny_graphs(tiny, originals):
     """The directory of tiny, with boxes and graphs."""
-    words = vocab.deserialize_vocab("vocab/tiny_precomp_vocab.json")
-    for split in ("train", "dev", "test"):
-        write_graphs(tiny / "data" / "tiny_precomp", split, words)
+    shutil.copytree(originals[1], tiny, dirs_exist_ok=True)
     return tiny
 
 
 @pytest.fixture
-def tiny_positions(tiny_graphs):
+def tiny_positions(tiny_graphs, originals):
     """The directory of tiny_graphs, with blocks and whole images."""
-    for split in ("train", "dev", "test"):
-        write_positions(tiny_graphs / "data" / "tiny_precomp", split)
+    shutil.copytree(originals[2], tiny_graphs, dirs_exist_ok=True)
     return tiny_graphs
 
 
