@@ -5,7 +5,6 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -209,7 +208,7 @@ def test_loader_honours_workers_and_leaves_the_random_state(tmp_path, words, wor
     assert batches == list(EpochSampler(40, 16, seed=1))
 
 
-def test_features_larger_than_memory(tmp_path):
+def test_features_larger_than_memory(tmp_path, warm):
     """A sparse file has twice the memory of the machine, and a run may hold 4 GB."""
     folder = tmp_path / "data" / "tiny_precomp"
     folder.mkdir(parents=True)
@@ -223,7 +222,7 @@ def test_features_larger_than_memory(tmp_path):
         file.truncate(file.tell() + 4 * dim * (n * regions - 1))
     assert os.path.getsize(folder / "train_ims.npy") > 1.99 * memory
     np.save(folder / "dev_ims.npy", np.ones((2, regions, dim), np.float32))
-    (folder / "train_caps.txt").write_text("a dog\n" * 5 * n)
+    (folder / "train_caps.txt").write_text("a dog\n" * n)
     (folder / "dev_caps.txt").write_text("a dog\na cat\n")
     vocab.main(
         ["--data_path", str(tmp_path / "data"), "--data_name", "tiny_precomp"]
@@ -235,7 +234,7 @@ def test_features_larger_than_memory(tmp_path):
     command += "--embed_size 16 --word_dim 8 --batch_size 16 --log_step 1 --device cpu "
     command += "--model_name run --logger_name run --keep_empty_regions"  # else many ends are read
     process = subprocess.Popen(
-        [sys.executable, *command.split()],
+        [warm, *command.split()],
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
